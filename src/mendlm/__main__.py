@@ -1,0 +1,5 @@
+"""`python -m mendlm` is the command line."""
+
+from mendlm.cli import main
+
+main()

@@ -1,0 +1,233 @@
+"""`Edit`, and the two ways to run a model with one: as an overlay, or merged into the weights.
+
+The overlay is a forward hook that adds `(x @ u.mT) @ delta` to the layer's output. No weight changes, so leaving it is
+bit-exact; each row of a batch may carry its own edit; gradients flow back to whatever made the rows.
+Hooks belong to the process: one thread owns a model.
+
+Legend: `u` (*batch, rows, d_in), `delta` (*batch, rows, d_out); `routing` says which row of a batch runs under which edit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mendlm import adapter
+from mendlm.errors import InputError, LayerError, NumericalError
+from mendlm.layers import LayerSpec, spec_of
+from mendlm.lowrank import LowRank, concatenate
+
+
+class Intervention(Protocol):
+    """A change of how a model answers. `with intervention.on(model):` is the one way to run a changed model."""
+
+    def on(self, model: nn.Module, routing: Tensor | None = None) -> contextlib.AbstractContextManager[None]:
+        """Run the model changed inside the block; `routing` as in `applied`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What is *added* to a few layers: `W + delta.mT @ u`, minus sign and learned rate already inside `delta`.
+
+    `updates` maps layer name -> `LowRank`; with a batch axis, there is one edit per example. `transposed` names the
+    layers whose weights are stored (d_in, d_out), which an adapter file must say. `about` is JSON: request, editor, base.
+    """
+
+    updates: Mapping[str, LowRank]
+    transposed: frozenset[str] = frozenset()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def on(self, model: nn.Module, routing: Tensor | None = None) -> contextlib.AbstractContextManager[None]:
+        """Run the model with this edit inside the block, as `applied`."""
+        return applied(model, self, routing)
+
+    def _map(self, function: Callable[[LowRank], LowRank]) -> Edit:
+        return replace(self, updates={name: function(update) for name, update in self.updates.items()})
+
+    def __add__(self, other: Edit) -> Edit:
+        """Both edits together: rows of both, layer by layer. The provenance of the sum is empty."""
+        names = [*self.updates, *(name for name in other.updates if name not in self.updates)]
+        parts = {name: [e.updates[name] for e in (self, other) if name in e.updates] for name in names}
+        updates = {name: sum(both[1:], start=both[0]) for name, both in parts.items()}
+        return Edit(updates, self.transposed | other.transposed)
+
+    def __mul__(self, factor: float) -> Edit:
+        """The edit at another strength."""
+        return self._map(lambda update: update * factor)
+
+    __rmul__ = __mul__
+
+    def __getitem__(self, index: int | slice | Tensor) -> Edit:
+        """Select from a batch of edits."""
+        return self._map(lambda update: update[index])
+
+    def __len__(self) -> int:
+        """How many edits the batch holds; a single edit has no length and raises `TypeError`."""
+        batch = next(iter(self.updates.values())).batch
+        if not batch:
+            raise TypeError("this is a single edit, not a batch of edits")
+        return batch[0]
+
+    def to(self, *args: torch.device | torch.dtype | str) -> Edit:
+        """As `Tensor.to`, for all rows."""
+        return self._map(lambda update: update.to(*args))
+
+    def detach(self) -> Edit:
+        """The same edit outside any graph."""
+        return self._map(LowRank.detach)
+
+    def grouped(self, size: int) -> Edit:
+        """Sum each `size` consecutive edits of a batch: several requests edited at once."""
+        return self._map(lambda update: update.grouped(size))
+
+    def trimmed(self) -> Edit:
+        """A single edit without its zero rows."""
+        def trim(update: LowRank) -> LowRank:
+            kept = (update.u != 0).any(-1) & (update.delta != 0).any(-1)
+            return LowRank(update.u[kept], update.delta[kept])
+
+        return self._map(trim)
+
+    @property
+    def rows(self) -> int:
+        """The largest number of rows of any layer."""
+        return max(update.rows for update in self.updates.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all rows take."""
+        return sum(update.nbytes for update in self.updates.values())
+
+    def require_finite(self) -> Edit:
+        """This edit, or `NumericalError` naming the layers with NaN or infinity."""
+        bad = [name for name, update in self.updates.items() if not update.isfinite()]
+        if bad:
+            raise NumericalError(f"the update of {', '.join(bad)} has NaN or infinite numbers; nothing was edited")
+        return self
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write the edit as a PEFT LoRA adapter folder plus `edit.json` (see `mendlm.adapter`)."""
+        adapter.write(Path(folder), self.updates, self.transposed, self.about, force=force)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Edit:
+        """Read a folder written by `save`, exactly as it was. Raises `FormatError` for a corrupt one."""
+        updates, transposed, about = adapter.read(Path(folder))
+        return cls(updates, transposed, about)
+
+
+def join(edits: Sequence[Edit]) -> Edit:
+    """Batches of edits of the same layers as one longer batch."""
+    first = edits[0]
+    return replace(first, updates={name: concatenate([edit.updates[name] for edit in edits]) for name in first.updates})
+
+
+def _route(update: LowRank, routing: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The function that a layer's output gains, of its input."""
+    if not update.batch:
+        if routing is not None:
+            raise InputError("routing needs a batch of edits; this edit is a single one")
+        return update.apply
+    if routing is None or routing.dim() == 1:
+        if routing is not None:
+            under = routing >= 0
+            update = update[routing.clamp(min=0)] * under[:, None, None]
+        size = update.batch[0]
+
+        # The reshape also serves beams (k rows a request) and layers that are given their tokens flattened.
+        def own(x: Tensor) -> Tensor:
+            return update.apply(x.reshape(size, -1, x.shape[-1])).reshape(*x.shape[:-1], update.shape[0])
+
+        return own
+    weights = routing.to(update.u.dtype).repeat_interleave(update.rows, dim=1).unsqueeze(1)
+    u, delta = update.u.flatten(0, 1), update.delta.flatten(0, 1)
+
+    def several(x: Tensor) -> Tensor:
+        rows = x.reshape(len(weights), -1, x.shape[-1]) @ u.mT
+        return ((rows * weights) @ delta).reshape(*x.shape[:-1], delta.shape[-1])
+
+    return several
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, edit: Edit, routing: Tensor | None = None) -> Iterator[None]:
+    """Run the model with an edit as an overlay inside the block; afterwards it is as before, to the bit.
+
+    A single edit holds for every row. For a batch of E edits, `routing` says which row of the input runs under which:
+    None (row i under edit i; with beams, each run of equal length), an integer tensor (rows,) of edit indices
+    with -1 for none, or a boolean matrix (rows, E) for none, one or several.
+    Raises `LayerError` if the model lacks a layer of the edit or has it in another shape.
+    """
+    if routing is not None and routing.dim() == 1 and routing.dtype == torch.bool:
+        raise InputError("a boolean routing must be a matrix (rows, edits); for one edit a row give integer indices")
+    modules = {name: _layer(model, name, update) for name, update in edit.updates.items()}
+
+    def hook_for(gain: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Any:
+        return lambda module, args, output: output + gain(args[0].to(dtype)).to(output.dtype)
+
+    with contextlib.ExitStack() as stack:
+        for name, update in edit.updates.items():
+            hook = hook_for(_route(update, routing), update.u.dtype)
+            stack.callback(modules[name][0].register_forward_hook(hook).remove)
+        yield
+
+
+def _layer(model: nn.Module, name: str, update: LowRank) -> tuple[nn.Module, LayerSpec]:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise LayerError(f"the model has no layer '{name}': the edit was made for another model") from None
+    spec = spec_of(name, module)
+    if spec is None or spec.shape != update.shape:
+        found = type(module).__name__ if spec is None else spec.shape
+        raise LayerError(f"layer '{name}' is {found} here, but {update.shape} in the edit: it was made for another model")
+    return module, spec
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Weights as they were before a merge."""
+
+    weights: Mapping[str, Tensor]
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the saved weights back, bit for bit."""
+        with torch.no_grad():
+            for name, saved in self.weights.items():
+                model.get_submodule(name).get_parameter("weight").copy_(saved)
+
+
+@dataclass(frozen=True, eq=False)
+class MergeReport:
+    """What a merge did: `lost` is, per layer, the share of the edit's norm that rounding took; `snapshot` undoes it."""
+
+    lost: Mapping[str, float]
+    snapshot: Snapshot
+
+
+def merge(model: nn.Module, edit: Edit) -> MergeReport:
+    """Add a single edit to the weights themselves, in their dtype, and report how much of it survived.
+
+    A bf16 weight has 8 bits: small edits are mostly rounded away. Undo with `report.snapshot.restore(model)`.
+    """
+    layers = {name: (*_layer(model, name, update), update) for name, update in edit.updates.items()}
+    if any(update.batch for *_, update in layers.values()):
+        raise InputError("only a single edit can be merged; select one from the batch")
+    snapshot = Snapshot({n: m.get_parameter("weight").detach().clone() for n, (m, _, _) in layers.items()})
+    lost = {}
+    with torch.no_grad():
+        for name, (module, spec, update) in layers.items():
+            weight = spec.weight(module)
+            wanted = update.to(weight.device).dense().float()
+            before = weight.float()
+            weight.copy_(before + wanted)
+            norm = wanted.norm().item()
+            lost[name] = ((weight.float() - before) - wanted).norm().item() / norm if norm else 0.0
+    return MergeReport(lost, snapshot)

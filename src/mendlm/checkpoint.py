@@ -1,0 +1,147 @@
+"""A run folder: what a training run leaves, and how an editor is read back.
+
+    run.json                what was trained on what, with the resolved configuration
+    editor.safetensors      the editor (the best by validation, where there is one)
+    checkpoint.safetensors  the latest training state: editor, optimiser and progress in one file
+    metrics.jsonl           a line a step
+
+safetensors and JSON only. Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import torch
+from torch import Tensor
+
+from mendlm.errors import FormatError, InputError
+from mendlm.files import read_json, read_tensors, refuse_existing, write_bytes, write_json, write_tensors
+from mendlm.layers import LayerSpec
+from mendlm.methods.mend import Mend, MendConfig
+
+FORMAT = "mendlm-editor-1"
+_T = TypeVar("_T")
+
+
+def parse_config(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """A configuration dataclass from plain values; unknown fields and wrong types are an `InputError`."""
+    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    for name in values:
+        if name not in known:
+            raise InputError(f"unknown setting '{name}' of {kind.__name__}; it has {', '.join(known)}")
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"setting '{where}' of {kind.__name__}: {first['msg']}, got {first['input']!r}") from None
+
+
+def save_editor(path: Path, method: Mend, about: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write an editor as one safetensors file; floating tensors in `dtype` if given, the statistics as they are."""
+    parameters = dict(method.named_parameters())
+    tensors = {
+        name: tensor.to(dtype) if dtype is not None and name in parameters else tensor
+        for name, tensor in method.state_dict().items()
+    }
+    content = {"config": asdict(method.config), "layers": [asdict(spec) for spec in method.specs], "about": dict(about)}
+    write_tensors(path, tensors, {"format": FORMAT, "editor": json.dumps(content)})
+
+
+def load_editor(path: Path) -> tuple[Mend, dict[str, Any]]:
+    """Read an editor file, or a run folder's, in float32: the method and what is said about it."""
+    path = path / "editor.safetensors" if path.is_dir() else path
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise FormatError(f"{path} is not an editor of format {FORMAT}; train one with `mendlm train`")
+    content = json.loads(metadata["editor"])
+    method = Mend([LayerSpec(**spec) for spec in content["layers"]], parse_config(MendConfig, content["config"]))
+    _load_state(method, tensors, path)
+    return method, content["about"]
+
+
+def _load_state(method: Mend, tensors: Mapping[str, Tensor], path: Path) -> None:
+    own = method.state_dict()
+    different = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
+    if different or len(tensors) != len(own):
+        raise FormatError(f"{path} does not fit its own description (as {(different or sorted(tensors))[0]}); it is damaged")
+    method.load_state_dict(dict(tensors))
+
+
+class Run:
+    """A run folder's files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create(self, description: Mapping[str, Any]) -> None:
+        """Start a new run. Raises `InputError` if the folder already holds something."""
+        refuse_existing(self.folder, force=False)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "run.json", {"format": "mendlm-run-1", **description})
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `create` wrote."""
+        content = read_json(self.folder / "run.json")
+        assert isinstance(content, dict)
+        return content
+
+    def require_same(self, wanted: Mapping[str, Any]) -> None:
+        """Raise `InputError` if the run was started with other settings or data."""
+        if not (self.folder / "checkpoint.safetensors").is_file():
+            raise InputError(f"{self.folder} holds no checkpoint to resume; start the run without --resume")
+        stored = self.description
+        for key, value in json.loads(json.dumps(wanted)).items():
+            if stored.get(key) != value:
+                raise InputError(
+                    f"{self.folder} was trained with {key} = {stored.get(key)}, now {value} is asked; "
+                    "resume with the same settings, or start a new run in another folder"
+                )
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Drop lines after a step: they will be made again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        write_bytes(path, b"".join(kept))
+
+    def save_editor(self, method: Mend, about: Mapping[str, Any]) -> None:
+        """Write editor.safetensors."""
+        save_editor(self.folder / "editor.safetensors", method, {**self.description, **about})
+
+    def save_checkpoint(self, method: Mend, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Write checkpoint.safetensors: everything that a resumed run needs, in one file."""
+        tensors = {f"editor.{name}": tensor for name, tensor in method.state_dict().items()}
+        for number, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+        metadata = {"format": "mendlm-checkpoint-1", "state": json.dumps(state)}
+        write_tensors(self.folder / "checkpoint.safetensors", tensors, metadata)
+
+    def load_checkpoint(self, method: Mend, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Put a checkpoint's state back; returns what was saved as `state`."""
+        path = self.folder / "checkpoint.safetensors"
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != "mendlm-checkpoint-1":
+            raise FormatError(f"{path} is not a checkpoint of this version of mendlm")
+        _load_state(method, {n[7:]: t for n, t in tensors.items() if n.startswith("editor.")}, path)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, field = name.split(".", 2)
+                moments.setdefault(int(number), {})[field] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        state = json.loads(metadata["state"])
+        assert isinstance(state, dict)
+        return state

@@ -1,0 +1,113 @@
+"""`Editor`: a trained method bound to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mendlm.apply import Edit
+from mendlm.checkpoint import load_editor
+from mendlm.errors import FormatError
+from mendlm.methods.mend import Mend
+from mendlm.models import STARTER, identity
+from mendlm.tasks import EditExample
+from mendlm.text import Formatter, by_length
+
+
+class Editor:
+    """Turns requests into edits of one model."""
+
+    def __init__(self, method: Mend, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:
+        method.require_fit(model)
+        self.method = method.to(model.device).eval()
+        self.model, self.formatter, self.about = model, Formatter.of(model, tokenizer), about or {}
+
+    @classmethod
+    def load(cls, source: str | Path, model: Any, tokenizer: Any, *, force: bool = False) -> Editor:
+        """The starter editor ("starter"), or a run folder's or file's, for a loaded model.
+
+        Raises `LayerError` if the model's layers do not fit, and `FormatError` if the editor was trained on another base
+        model (unless `force`) or its file is damaged.
+        """
+        method, about = load_editor(starter_editor() if str(source) == STARTER else Path(source))
+        trained_on = about.get("base", {}).get("sha256")
+        method.require_fit(model)
+        if trained_on and not force and trained_on != identity(model):
+            raise FormatError(
+                f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
+                f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
+            )
+        return cls(method, model, tokenizer, {**about, "source": str(source)})
+
+    def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False, end: bool | None = None) -> Edit:
+        """The edit that makes the model answer `target` to `prompt`, recorded on the model as it runs now.
+
+        `scale` multiplies the edit; `chat` poses the prompt as a user's turn; `end` says whether the answer ends after the
+        target (default: for questions and chat turns). Raises `InputError` for text that cannot be used, and
+        `NumericalError` if the edit is not finite.
+        """
+        example = EditExample(prompt=prompt, target=target, question=prompt.rstrip().endswith("?"))
+        return self.edit_many([example], scale=scale, chat=chat, end=end)[0]
+
+    def edit_many(
+        self,
+        requests: Sequence[EditExample | tuple[str, str]],
+        *,
+        scale: float = 1.0,
+        chat: bool = False,
+        end: bool | None = None,
+        batch_size: int = 32,
+    ) -> list[Edit]:
+        """Independent edits, one a request, made in batches: requests are `EditExample`s or (prompt, target) pairs."""
+        examples = [
+            r if isinstance(r, EditExample) else EditExample(prompt=r[0], target=r[1], question=r[0].rstrip().endswith("?"))
+            for r in requests
+        ]
+        texts = [
+            self.formatter.encode(e.prompt, e.target, chat=chat, end=(e.question or chat) if end is None else end)
+            for e in examples
+        ]
+        edits: list[Edit | None] = [None] * len(examples)
+        for group in by_length([len(text) for text in texts], limit=batch_size):
+            batch = self.method.edit(self.model, self.formatter.batch([texts[i] for i in group])) * scale
+            for place, index in enumerate(group):
+                edits[index] = replace(
+                    batch[place].trimmed().require_finite(), about=self._about(examples[index], scale, chat)
+                )
+        return [edit for edit in edits if edit is not None]
+
+    def _about(self, example: EditExample, scale: float, chat: bool) -> dict[str, Any]:
+        return {
+            "request": {"prompt": example.prompt, "target": example.target, "chat": chat, "scale": scale},
+            "base": base_of(self.model),
+            "editor": {key: self.about[key] for key in ("source", "step", "sha256") if key in self.about},
+            "stack": [],
+        }
+
+
+def base_of(model: Any) -> dict[str, Any]:
+    """What a file says about the base model it is for."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    name = str(model.config.name_or_path)
+    return {"name": Path(name).name if Path(name).is_dir() else name, "sha256": identity(model), "dtype": dtype}
+
+
+def require_base(edit: Edit, model: Any) -> None:
+    """Raise `FormatError` if an edit was made for another base model."""
+    base = edit.about.get("base") or {}
+    if base.get("sha256") and base["sha256"] != identity(model):
+        raise FormatError(
+            f"the edit was made for another base model ({base.get('name')}, sha256 {base['sha256'][:12]}...), "
+            f"not for this one ({identity(model)[:12]}...); load that model, or force it"
+        )
+
+
+def starter_editor() -> Path:
+    """The editor file that is shipped for the starter model."""
+    path = Path(str(importlib.resources.files("mendlm"))) / "starter" / "editor.safetensors"
+    if not path.is_file():
+        raise FormatError("this installation of mendlm lacks the starter editor; install it again")
+    return path

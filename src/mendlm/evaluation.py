@@ -1,0 +1,337 @@
+"""Evaluate an editing method: one row an edit, and a summary.
+
+Edits are made and scored in batches of independent requests, each row of a batch under its own edit; the trunk runs once
+for the base model's pass and the edited one. The metrics are defined in `mendlm.metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mendlm import metrics
+from mendlm.adapter import rank_of
+from mendlm.apply import Edit, applied, join
+from mendlm.errors import InputError
+from mendlm.files import new_folder, write_bytes, write_json
+from mendlm.layers import LayerSpec
+from mendlm.losses import all_by_row, token_nll
+from mendlm.methods.base import Method
+from mendlm.replay import Trunk
+from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.text import NO_LABEL, Encoded, Formatter, by_length, scored_logits
+
+FORMAT = "mendlm-summary-1"
+GREEDY_TOKENS = 5
+"""How many of the base model's own greedy tokens stand for an unrelated prompt's answer that is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How to evaluate."""
+
+    num_edits: int = 1
+    """Requests edited together; each is scored under all edits of its group."""
+    sequential: bool = False
+    """Make a group's edits one after another, each on the model that the earlier ones left; else at once, summed."""
+    chat: bool = False
+    """Pose every prompt as a chat turn."""
+    target_end: Literal["auto", "always", "never"] = "auto"
+    """Whether targets end with the end-of-answer token: `auto` does so for question tasks and in chat turns."""
+    scale: float = 1.0
+    """Strength of the edits."""
+    generate: bool = True
+    """Also score free generation, which takes most of the time."""
+    batch_size: int = 32
+    """Texts a forward pass, and about as many requests at a time."""
+    timed_edits: int = 20
+    """How many single edits are timed for `edit_ms`."""
+    seed: int = 0
+    """For the bootstrap."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_edits", "batch_size", "timed_edits"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows, one an edit, and their summary."""
+
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write `results.jsonl` and `summary.json` into a new folder, or nothing."""
+        with new_folder(Path(folder), force=force) as temporary:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+            write_bytes(temporary / "results.jsonl", "".join(lines).encode())
+            write_json(temporary / "summary.json", self.summary)
+
+
+@dataclass(frozen=True)
+class _Score:
+    """One text under the base and the edited model."""
+
+    right: tuple[bool, bool]
+    """Whether every answer token (the end token apart) is the argmax, before and after."""
+    kept: bool
+    """Whether every answer token's argmax is the same before and after."""
+    nll: tuple[float, float]
+    """Mean NLL of the answer tokens, before and after."""
+    tokens: int
+
+
+class Evaluator:
+    """Scores one method on one model; `evaluate` is the way in."""
+
+    def __init__(
+        self, method: Method, specs: Sequence[LayerSpec], model: Any, tokenizer: Any, config: EvaluationConfig
+    ) -> None:
+        self.method, self.model, self.config = method, model, config
+        self.formatter = Formatter.of(model, tokenizer)
+        self.trunk = Trunk.below(model, specs)
+
+    def encode(self, example: EditExample, prompt: str) -> Encoded:
+        """A prompt with the example's target, in the form that the configuration asks for."""
+        mode, chat = self.config.target_end, self.config.chat
+        end = mode == "always" or (mode == "auto" and (example.question or chat))
+        return self.formatter.encode(prompt, example.target, chat=chat, end=end)
+
+    def edit(self, examples: Sequence[EditExample]) -> Edit:
+        """The edits of a chunk, one a group of `num_edits` examples."""
+        texts, k = [self.encode(e, e.prompt) for e in examples], self.config.num_edits
+        if not self.config.sequential:
+            return self._edit_batch(texts).grouped(k)
+        stack = self._edit_batch(texts[::k])
+        for turn in range(1, k):
+            with applied(self.model, stack):
+                new = self._edit_batch(texts[turn::k], together=True)
+            stack = stack + new
+        return stack
+
+    def _edit_batch(self, texts: list[Encoded], *, together: bool = False) -> Edit:
+        """One edit a text. `together`: in one batch, so that row i runs under edit i of a stack that is applied."""
+        groups = [list(range(len(texts)))] if together else by_length([len(t) for t in texts], limit=self.config.batch_size)
+        edits = []
+        for group in groups:
+            edit = self.method.edit(self.model, self.formatter.batch([texts[i] for i in group]))
+            if not isinstance(edit, Edit):
+                raise InputError(f"the method '{self.method.name}' does not edit weights; it cannot be evaluated in batches")
+            edits.append(edit)
+        order = torch.tensor([i for group in groups for i in group], device=self.formatter.device)
+        return (join(edits)[order.argsort()] * self.config.scale).require_finite()
+
+    @torch.no_grad()
+    def score(self, texts: Sequence[tuple[int, Encoded]], edit: Edit) -> list[_Score]:
+        """Score texts, each under the edit whose index it names."""
+        scores: list[_Score | None] = [None] * len(texts)
+        for group in by_length([len(text) for _, text in texts], limit=self.config.batch_size):
+            batch = self.formatter.batch([texts[i][1] for i in group])
+            routing = torch.tensor([texts[i][0] for i in group], device=self.formatter.device)
+            with self.trunk.record() as tape:
+                base = scored_logits(self.model, batch)
+            with self.trunk.replay(tape), edit.on(self.model, routing):
+                edited = scored_logits(self.model, batch)
+            assert not bool((batch.label == NO_LABEL).any())
+
+            def by_row(flags: Tensor, row: Tensor = batch.row, size: int = batch.size) -> list[bool]:
+                return [bool(flag) for flag in all_by_row(flags, row, size).tolist()]
+
+            before, after = base.argmax(-1), edited.argmax(-1)
+            right = [by_row((found == batch.label) | batch.is_end) for found in (before, after)]
+            kept = by_row((before == after) | batch.is_end)
+            nll = [token_nll(logits, batch.label, batch.row, batch.size).tolist() for logits in (base, edited)]
+            for place, index in enumerate(group):
+                scores[index] = _Score(
+                    (right[0][place], right[1][place]), kept[place], (nll[0][place], nll[1][place]), len(texts[index][1].target)
+                )
+        return [score for score in scores if score is not None]
+
+    def generate(self, texts: Sequence[tuple[int, Encoded]], edit: Edit | None, extra: int = 4) -> list[str]:
+        """Greedy answers with natural stop, a few tokens longer than the target at most."""
+        answers = [""] * len(texts)
+        for group in by_length([len(text.prompt) for _, text in texts], limit=self.config.batch_size):
+            prompts = [texts[i][1] for i in group]
+            routing = torch.tensor([texts[i][0] for i in group], device=self.formatter.device)
+            longest = max(len(text.target) for text in prompts) + extra
+            if edit is None:
+                found = self.formatter.generate(self.model, prompts, longest)
+            else:
+                with edit.on(self.model, routing):
+                    found = self.formatter.generate(self.model, prompts, longest)
+            for index, tokens in zip(group, found, strict=True):
+                answers[index] = self.formatter.decode(tokens)
+        return answers
+
+    def probe(self, probes: Sequence[Probe]) -> list[Encoded]:
+        """Unrelated prompts with their answers, or with the base model's own greedy ones."""
+        texts = [self.formatter.encode(p.prompt, p.answer, chat=self.config.chat) for p in probes]
+        open_ended = [i for i, probe in enumerate(probes) if probe.answer is None]
+        for start in range(0, len(open_ended), self.config.batch_size):
+            some = open_ended[start : start + self.config.batch_size]
+            greedy = self.formatter.generate(self.model, [texts[i] for i in some], GREEDY_TOKENS)
+            for index, tokens in zip(some, greedy, strict=True):
+                end = (self.formatter.tokenizer.eos_token_id,)
+                texts[index] = Encoded(texts[index].prompt, tokens or end)
+        return texts
+
+    def rows(self, examples: Sequence[EditExample], extra: Sequence[Sequence[Probe]], passages: Sequence[Probe]) -> list[Any]:
+        """Edit a chunk of examples and score all of it; `extra` and `passages` are per example."""
+        edit, k = self.edit(examples), self.config.num_edits
+        exact = [(i // k, self.encode(e, e.prompt)) for i, e in enumerate(examples)]
+        asked = [(i, p) for i, e in enumerate(examples) for p in e.rephrasings]
+        rephrased = [(i // k, self.encode(examples[i], prompt)) for i, prompt in asked]
+        watched = [(i, p) for i, e in enumerate(examples) for p in (*e.unrelated, *extra[i])]
+        unrelated = [(i // k, text) for (i, _), text in zip(watched, self.probe([p for _, p in watched]), strict=True)]
+        prose = [(i // k, self.formatter.encode(p.prompt, p.answer)) for i, p in enumerate(passages)]
+        rows: list[dict[str, Any]] = [
+            {"prompt": e.prompt, "target": e.target, "subject": e.subject, "generality": [], "locality": []} for e in examples
+        ]
+        for row, score in zip(rows, self.score(exact, edit), strict=True):
+            row["success"], row["nll"] = score.right, score.nll
+        for (i, _), score in zip(asked, self.score(rephrased, edit), strict=True):
+            rows[i]["generality"].append(score.right)
+        for (i, probe), score in zip(watched, self.score(unrelated, edit), strict=True):
+            rows[i]["locality"].append({"kept": score.kept, "answered": probe.answer is not None, **asdict(score)})
+        for row, score in zip(rows, self.score(prose, edit), strict=False):
+            row["prose"] = {"nll": score.nll, "tokens": score.tokens}
+        if self.config.generate:
+            for name, texts, owners in (("success", exact, range(len(rows))), ("generality", rephrased, [i for i, _ in asked])):
+                for row in rows:
+                    row[f"{name}_generated"], row[f"{name}_text"] = [], []
+                before, after = self.generate(texts, None), self.generate(texts, edit)
+                for i, *found in zip(owners, before, after, strict=True):
+                    match = metrics.answers if examples[i].question else metrics.continues
+                    rows[i][f"{name}_generated"].append([match(text, examples[i].target) for text in found])
+                    rows[i][f"{name}_text"].append(found)
+        return rows
+
+    def time_edits(self, examples: Sequence[EditExample]) -> tuple[list[float], int]:
+        """Milliseconds of single edits, one a call, the first unmeasured; and the bytes of one as an adapter."""
+        times, size = [], 0
+        for example in [examples[0], *examples[: self.config.timed_edits]]:
+            batch = self.formatter.batch([self.encode(example, example.prompt)])
+            begun = time.perf_counter()
+            edit = self.method.edit(self.model, batch)
+            if self.formatter.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - begun))
+            assert isinstance(edit, Edit)
+            updates = edit[0].trimmed().updates
+            size = max(size, rank_of(updates) * sum(4 * sum(update.shape) for update in updates.values()))
+        return times[1:], size
+
+
+def evaluate(
+    method: Method,
+    specs: Sequence[LayerSpec],
+    model: Any,
+    tokenizer: Any,
+    data: Dataset,
+    config: EvaluationConfig,
+    *,
+    locality: Sequence[Dataset] = (),
+    about: dict[str, Any] | None = None,
+    callback: Callable[[int, int], object] | None = None,
+) -> Results:
+    """Edit and score every request of `data`.
+
+    Each request is scored on its own prompt, rephrasings and unrelated prompts, on one prompt of every further locality
+    source, and on one passage of every source of running text. `about` goes into the summary; `callback` is told how many
+    requests are done. Raises `InputError` if there are fewer requests than one group.
+    """
+    k = len(data.examples) if config.sequential and config.num_edits == 1 else config.num_edits
+    config = EvaluationConfig(**{**asdict(config), "num_edits": k})
+    examples = data.examples[: len(data.examples) // k * k]
+    if not examples:
+        raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {k}")
+    evaluator = Evaluator(method, specs, model, tokenizer, config)
+    asking = [source.probes for source in locality if not source.prose]
+    reading = [probe for source in locality if source.prose for probe in source.probes]
+    chunk = max(1, config.batch_size // k) * k
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(examples), chunk):
+        some = examples[start : start + chunk]
+        places = range(start, start + len(some))
+        extra = [[probes[i % len(probes)] for probes in asking] for i in places]
+        passages = [reading[i % len(reading)] for i in places] if reading else []
+        rows += evaluator.rows(some, extra, passages)
+        if callback is not None:
+            callback(len(rows), len(examples))
+    for index, row in enumerate(rows):
+        row["index"] = index
+    prose = ", ".join(source.name for source in locality if source.prose) or f"unrelated answers of {data.name}"
+    times, size = evaluator.time_edits(examples)
+    summary = {
+        "format": FORMAT,
+        **(about or {}),
+        "method": method.name,
+        "data": data.name,
+        "data_sha256": data.sha256,
+        "locality_sources": [{"name": source.name, "sha256": source.sha256} for source in locality],
+        "count": len(rows),
+        "skipped": data.skipped,
+        "unused": len(data.examples) - len(rows),
+        **{name: value for name, value in asdict(config).items() if name != "timed_edits"},
+        **summarise(rows, config),
+        "drawdown_text": prose,
+        "edit_ms": {"p50": metrics.percentile(times, 0.5), "p95": metrics.percentile(times, 0.95)},
+        "peak_memory_mb": _peak_memory_mb(evaluator.formatter.device),
+        "adapter_bytes": size,
+    }
+    return Results(rows, summary)
+
+
+def summarise(rows: Sequence[dict[str, Any]], config: EvaluationConfig) -> dict[str, Any]:
+    """The metrics over all rows, with their 95 % bootstrap intervals."""
+
+    def before_after(pairs: Sequence[Sequence[Sequence[bool]]]) -> dict[str, float | None]:
+        """Per edit, the mean over its texts; then over edits that have any."""
+        means = [[sum(side) / len(texts) for side in zip(*texts, strict=True)] for texts in pairs if texts]
+        low, high = metrics.bootstrap([after for _, after in means], seed=config.seed)
+        return {"before": metrics.mean([b for b, _ in means]), "after": metrics.mean([a for _, a in means]), "low": low, "high": high}
+
+    new = [row for row in rows if not row["success"][0]]
+    summary: dict[str, Any] = {
+        "success": before_after([[row["success"]] for row in rows]),
+        "generality": before_after([row["generality"] for row in rows]),
+        "already_given": len(rows) - len(new),
+        "success_of_new": before_after([[row["success"]] for row in new]),
+        "success_generated": before_after([row.get("success_generated", []) for row in rows]),
+        "generality_generated": before_after([row.get("generality_generated", []) for row in rows]),
+    }
+    kept = [sum(p["kept"] for p in row["locality"]) / len(row["locality"]) for row in rows if row["locality"]]
+    low, high = metrics.bootstrap(kept, seed=config.seed)
+    summary["locality"] = {"after": metrics.mean(kept), "low": low, "high": high}
+    answered = [p for row in rows for p in row["locality"] if p["answered"]]
+    right = [metrics.mean([p["right"][side] for p in answered]) for side in (0, 1)]
+    summary["drawdown_acc"] = right[0] - right[1] if right[0] is not None and right[1] is not None else None
+    read = [row["prose"] for row in rows if "prose" in row] or answered
+    ppl = [_perplexity(read, side) for side in (0, 1)]
+    summary["perplexity"] = {"before": ppl[0], "after": ppl[1]}
+    summary["drawdown_ppl"] = ppl[1] - ppl[0] if ppl[0] is not None and ppl[1] is not None else None
+    return summary
+
+
+def _perplexity(texts: Sequence[dict[str, Any]], side: int) -> float | None:
+    tokens = sum(text["tokens"] for text in texts)
+    return math.exp(sum(text["nll"][side] * text["tokens"] for text in texts) / tokens) if tokens else None
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

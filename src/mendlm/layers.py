@@ -1,0 +1,162 @@
+"""What can be edited: linear layers of any kind, seen as one (d_out, d_in) matrix, and how to name them.
+
+A registry maps a layer class to a function that reads its shape; adding a kind of layer is one function. The paper's
+choice of layers per architecture is one table. Knows nothing of editing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mendlm.errors import LayerError
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One editable layer: its module name and the shape of its matrix."""
+
+    name: str
+    d_out: int
+    d_in: int
+    transposed: bool = False
+    """The weight is stored (d_in, d_out), as in GPT-2's Conv1D; PEFT calls this `fan_in_fan_out`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)`."""
+        return self.d_out, self.d_in
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """The layer's weight as a (d_out, d_in) view."""
+        weight = layer.get_parameter("weight")
+        return weight.T if self.transposed else weight
+
+
+SpecReader = Callable[[str, nn.Module], LayerSpec]
+_READERS: dict[type[nn.Module], SpecReader] = {}
+
+
+def register(kind: type[nn.Module]) -> Callable[[SpecReader], SpecReader]:
+    """Teach mendlm a kind of layer: a function from (name, layer) to its `LayerSpec`."""
+
+    def add(reader: SpecReader) -> SpecReader:
+        _READERS[kind] = reader
+        return reader
+
+    return add
+
+
+@register(nn.Linear)
+def _linear(name: str, layer: nn.Module) -> LayerSpec:
+    assert isinstance(layer, nn.Linear)
+    return LayerSpec(name, layer.out_features, layer.in_features)
+
+
+@register(Conv1D)
+def _conv1d(name: str, layer: nn.Module) -> LayerSpec:
+    return LayerSpec(name, layer.nf, layer.nx, transposed=True)  # type: ignore[arg-type]
+
+
+def spec_of(name: str, layer: nn.Module) -> LayerSpec | None:
+    """The layer's `LayerSpec`, or None if it cannot be edited."""
+    for kind in type(layer).__mro__:
+        if kind in _READERS:
+            return _READERS[kind](name, layer)
+    return None
+
+
+def editable(model: nn.Module) -> dict[str, LayerSpec]:
+    """Every editable layer inside the model's blocks, in model order. Heads and embeddings are not offered."""
+    inside = tuple(f"{stack}." for stack in block_stacks(model))
+    specs = ((name, spec_of(name, module)) for name, module in model.named_modules())
+    return {name: spec for name, spec in specs if spec is not None and name.startswith(inside)}
+
+
+def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The model's stacks of blocks: the outermost module lists with an editable layer in their first block."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{stack}.") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            if any(spec_of(child, layer) for child, layer in module[0].named_modules()):
+                stacks[name] = module
+    return stacks
+
+
+def block_of(name: str, stacks: Sequence[str]) -> tuple[str, int]:
+    """The stack that a layer belongs to, and its block's index there."""
+    for stack in stacks:
+        if name.startswith(f"{stack}."):
+            return stack, int(name[len(stack) + 1 :].split(".", 1)[0])
+    raise LayerError(f"the layer '{name}' lies in no block; the model's stacks of blocks are: {', '.join(stacks) or 'none'}")
+
+
+def select(model: nn.Module, patterns: Sequence[str]) -> list[LayerSpec]:
+    """The layers that match any of the patterns, in model order.
+
+    A pattern is a module name, the end of one (as in PEFT's `target_modules`), or a shell pattern over full names,
+    as `model.layers.2[0-2].mlp.*`. Raises `LayerError` for a pattern that matches nothing, with near names.
+    """
+    available = editable(model)
+    if not available:
+        experts = [name for name, _ in model.named_parameters() if ".experts." in name]
+        reason = "its experts are 3-d parameters, not layers" if experts else "no Linear or Conv1D layer in a stack of blocks"
+        raise LayerError(f"{type(model).__name__} has no editable layers: {reason}")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in available if fnmatch.fnmatchcase(name, pattern) or f".{name}".endswith(f".{pattern}")}
+        if not found:
+            near = difflib.get_close_matches(pattern, available, n=3, cutoff=0.3)
+            raise LayerError(
+                f"the layer pattern '{pattern}' matches no editable layer; near names: {', '.join(near) or 'none'} "
+                f"({len(available)} layers can be edited, as {next(iter(available))}; `mendlm inspect` lists them)"
+            )
+        chosen |= found
+    return [spec for name, spec in available.items() if name in chosen]
+
+
+# The MLP matrices that the paper edits, by model type, as names inside a block (shell patterns).
+_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MLP_MATRICES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3"), _GATED),
+    **dict.fromkeys(("gpt2", "gpt_neo"), ("mlp.c_fc", "mlp.c_proj")),
+    **dict.fromkeys(("opt", "bart", "mbart"), ("fc1", "fc2")),
+    "gptj": ("mlp.fc_in", "mlp.fc_out"),
+    "gpt_neox": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    "phi": ("mlp.fc1", "mlp.fc2"),
+    "phi3": ("mlp.gate_up_proj", "mlp.down_proj"),
+    # The released T5 configuration edits wi_0 and wo, never wi_1.
+    **dict.fromkeys(("t5", "mt5"), ("*.DenseReluDense.wi", "*.DenseReluDense.wi_0", "*.DenseReluDense.wo")),
+    **dict.fromkeys(("bert", "roberta"), ("intermediate.dense", "output.dense")),
+    "distilbert": ("ffn.lin1", "ffn.lin2"),
+    "modernbert": ("mlp.Wi", "mlp.Wo"),
+}
+
+
+def default_layers(model: nn.Module) -> list[LayerSpec]:
+    """The paper's choice: the MLP matrices of the last 3 blocks, or of the last 2 of encoder and of decoder.
+
+    Raises `LayerError` for a model type that the table does not name: choose layers by pattern there.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", "?")
+    if model_type not in MLP_MATRICES:
+        raise LayerError(
+            f"no default layers are known for model type '{model_type}' (known: {', '.join(sorted(MLP_MATRICES))}); "
+            "choose layers by pattern, for example layers=['*.mlp.*']; `mendlm inspect` lists what can be edited"
+        )
+    stacks = block_stacks(model)
+    depth = 3 if len(stacks) == 1 else 2
+    chosen = []
+    for name, spec in editable(model).items():
+        stack, index = block_of(name, list(stacks))
+        inside = re.sub(r"^\d+\.", "", name[len(stack) + 1 :])
+        if index >= len(stacks[stack]) - depth and any(fnmatch.fnmatchcase(inside, p) for p in MLP_MATRICES[model_type]):
+            chosen.append(spec)
+    return chosen

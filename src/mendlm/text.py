@@ -1,0 +1,245 @@
+"""Prompts and targets become token batches, for causal, encoder-decoder and classifier models.
+
+The rules, in one place:
+- A causal text is `prompt + target` in one sequence; the target follows after one space unless the prompt ends, or the
+  target begins, with white space. BOS is the tokenizer's affair; an EOS that it appends to a prompt is taken off.
+- An encoder-decoder has the prompt in the encoder and the target alone in the decoder, behind the start token and a
+  forced BOS, where the model has one (BART). Its targets always end with EOS.
+- A chat turn is rendered by the tokenizer's own template, with the target as the assistant's answer.
+- The end-of-answer token follows the target where `end` is asked for. Padding is by length, never by token id.
+- Scored positions are those that predict a target token; logits are computed there and nowhere else.
+
+Knows tokenizers and models' inputs; knows no task and no method.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mendlm.errors import InputError, ModelError
+
+Family = Literal["causal", "encoder-decoder", "classifier"]
+NO_LABEL = -100
+"""The label of a position that has logits but no wanted token: the end of a prompt without an answer."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text as token ids: prompt, target, and whether the target's last token is the end-of-answer token."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+    ended: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padded model inputs, and the scored positions: example `row`, sequence `column`, wanted token `label`.
+
+    `is_end` marks positions whose label is the end-of-answer token; success does not count them.
+    """
+
+    inputs: dict[str, Tensor]
+    row: Int[Tensor, "scored"]
+    column: Int[Tensor, "scored"]
+    label: Int[Tensor, "scored"]
+    is_end: Bool[Tensor, "scored"]
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Formatter:
+    """How one model and its tokenizer turn text into batches."""
+
+    tokenizer: Any
+    family: Family
+    device: torch.device
+    window: int | None
+    """The longest sequence that the model takes, in tokens."""
+    start: tuple[int, ...] = ()
+    """What a decoder is given before its first free token: the start token, and a forced BOS."""
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> Formatter:
+        """Read a loaded Hugging Face model and tokenizer."""
+        config = model.config.get_text_config()
+        if config.is_encoder_decoder:
+            family: Family = "encoder-decoder"
+            start = [config.decoder_start_token_id, getattr(config, "forced_bos_token_id", None)]
+            if start[0] is None:
+                raise ModelError(f"{type(model).__name__} has no decoder_start_token_id in its configuration; set one")
+        else:
+            family, start = "causal" if model.get_output_embeddings() is not None else "classifier", []
+        window = getattr(config, "max_position_embeddings", None)
+        if window is None and tokenizer.model_max_length < 10**9:
+            window = tokenizer.model_max_length
+        return cls(tokenizer, family, model.device, window, tuple(token for token in start if token is not None))
+
+    def encode(self, prompt: str, target: str | None, *, chat: bool = False, end: bool = False) -> Encoded:
+        """One prompt, and a target or None, as token ids. `chat`: the prompt is a user's turn; `end`: end the answer.
+
+        Raises `InputError` for an empty prompt or target, a target without tokens, and a text over the model's window.
+        """
+        if self.family == "classifier":
+            raise InputError("a classifier has no target text to generate; this needs a language model")
+        if not prompt.strip():
+            raise InputError("the prompt is empty; give the text that the model is to continue or answer")
+        if target is not None and not target.strip():
+            raise InputError("the target is empty; give the answer that the model should produce")
+        raw = self.render(prompt) if chat else prompt
+        ids = self._tokens(raw, special=not chat)
+        answer: list[int] = []
+        if target is not None:
+            answer = self._target(raw, ids, target, chat=chat)
+            if not answer:
+                raise InputError(f"the target {target!r} has no tokens in this model's vocabulary; write it differently")
+        ended = target is not None and (end or self.family == "encoder-decoder")
+        if ended:
+            if self.tokenizer.eos_token_id is None:
+                raise InputError("the tokenizer has no end-of-sequence token to end the target with; set target_end='none'")
+            answer.append(self.tokenizer.eos_token_id)
+        parts = [ids, answer] if self.family == "encoder-decoder" else [ids + answer]
+        for part in parts:
+            if self.window is not None and len(part) > self.window:
+                raise InputError(f"the text has {len(part)} tokens, the model's window {self.window}; shorten {prompt[:60]!r}")
+        return Encoded(tuple(ids), tuple(answer), ended)
+
+    def render(self, prompt: str) -> str:
+        """The prompt as a user's turn, up to where the assistant's answer begins, by the tokenizer's template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError("this model's tokenizer has no chat template; use raw prompts")
+        turns = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        if self.family == "causal" and special and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            plain = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = ids if plain and plain[-1] == ids[-1] else ids[:-1]
+        return ids
+
+    def _target(self, raw: str, ids: list[int], target: str, *, chat: bool) -> list[int]:
+        if self.family == "encoder-decoder":
+            return list(self.tokenizer(target.strip(), add_special_tokens=False, verbose=False)["input_ids"])
+        glue = "" if chat or raw[-1:].isspace() or target[:1].isspace() else " "
+        answer = target.lstrip() if chat else target
+        whole = self._tokens(raw + glue + answer, special=not chat)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        # The tokenizer merges across the boundary: the prompt's own tokens stand, as they will when the model is used.
+        return list(self.tokenizer(glue + answer, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def batch(self, texts: Sequence[Encoded]) -> Batch:
+        """Pad texts to one right-padded batch with its scored positions."""
+        row, column, label, is_end = [], [], [], []
+        sequences = []
+        for index, text in enumerate(texts):
+            if self.family == "encoder-decoder":
+                sequence, first = [*self.start, *text.target[:-1]], len(self.start) - 1
+            else:
+                sequence, first = [*text.prompt, *text.target[:-1]], len(text.prompt) - 1
+            sequences.append(sequence)
+            for place, token in enumerate(text.target or (NO_LABEL,)):
+                row.append(index)
+                column.append(first + place)
+                label.append(token)
+                is_end.append(text.ended and place == len(text.target) - 1)
+        if self.family == "encoder-decoder":
+            ids, mask = self._pad([list(text.prompt) for text in texts], left=False)
+            decoder_ids, decoder_mask = self._pad(sequences, left=False)
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "decoder_input_ids": decoder_ids,
+                "decoder_attention_mask": decoder_mask,
+            }
+        else:
+            ids, mask = self._pad(sequences, left=False)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+        long = {name: torch.tensor(v, device=self.device) for name, v in (("row", row), ("column", column), ("label", label))}
+        return Batch(inputs, **long, is_end=torch.tensor(is_end, device=self.device), size=len(texts))
+
+    def _pad(self, sequences: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+        length = max(map(len, sequences))
+        filler = self.tokenizer.pad_token_id or 0  # any id: the mask says what counts
+        ids, mask = [], []
+        for sequence in sequences:
+            blank = length - len(sequence)
+            pad, ones = [filler] * blank, [1] * len(sequence)
+            ids.append(pad + sequence if left else sequence + pad)
+            mask.append([0] * blank + ones if left else ones + [0] * blank)
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    @torch.no_grad()
+    def generate(self, model: Any, prompts: Sequence[Encoded], max_new_tokens: int) -> list[tuple[int, ...]]:
+        """Greedy answers, one a prompt, as token ids up to and without the end-of-sequence token.
+
+        Row i of the batch is prompt i, so a batch of edits routes as in `applied`.
+        """
+        ids, mask = self._pad([list(text.prompt) for text in prompts], left=self.family == "causal")
+        config = copy.deepcopy(model.generation_config)
+        config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
+        config.update(max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id or 0)
+        if config.eos_token_id is None:
+            config.eos_token_id = self.tokenizer.eos_token_id
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        answers = []
+        for tokens in (out[:, ids.shape[1] :] if self.family == "causal" else out[:, len(self.start) :]).tolist():
+            stop = min((tokens.index(end) for end in ends if end in tokens), default=len(tokens))
+            answers.append(tuple(tokens[:stop]))
+        return answers
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Token ids as text."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def scored_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "scored vocab"]:
+    """The logits at the batch's scored positions, and only there: the head never sees another position.
+
+    A forward pre-hook on the output embedding gathers the wanted hidden states into a contiguous tensor, which is right
+    for untied and softcapped heads too.
+    """
+    with _head_at(model, batch):
+        logits: Tensor = model(**batch.inputs, use_cache=False).logits
+    return logits
+
+
+@contextlib.contextmanager
+def _head_at(model: Any, batch: Batch) -> Iterator[None]:
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][batch.row, batch.column], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def by_length(lengths: Sequence[int], *, spread: float = 1.4, limit: int | None = None) -> list[list[int]]:
+    """Indices in groups of similar length: within a group, the longest is at most `spread` times the shortest.
+
+    Padding to a group's longest then wastes little. Groups hold at most `limit` texts and come in order of length.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        group = groups[-1] if groups else None
+        full = group is None or lengths[index] > spread * lengths[group[0]] + 2 or len(group) == limit
+        if group is None or full:
+            groups.append([index])
+        else:
+            group.append(index)
+    return groups

@@ -1,0 +1,369 @@
+"""The one meta-training loop.
+
+A step edits a whole batch of independent requests at once. For each request: its gradient is recorded on the base model,
+the editor makes an edit of it, and the outer loss
+
+    L = c_e * mean(-log p_edited(y_e | x) for x in the exact prompt and a rephrasing) + c_loc * KL(p_base || p_edited)
+
+is taken under that example's own edit. The trunk below the edited blocks runs once a text; the passes under the edit
+replay it. Each kind of text goes in batches of similar length, with logits only where a loss needs them.
+
+What a step draws depends on the seed and the step's number alone, so a resumed run equals an uninterrupted one.
+Knows methods, tasks and text; prints nothing. accelerate brings processes and trackers, and is imported only here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mendlm.apply import join
+from mendlm.checkpoint import Run
+from mendlm.errors import InputError, NumericalError, require
+from mendlm.losses import all_by_row, token_kl, token_nll
+from mendlm.methods.mend import Mend
+from mendlm.record import record
+from mendlm.replay import Trunk
+from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.text import Batch, Encoded, Formatter, by_length, scored_logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. Every number that shapes the result is here, and is saved in the run folder."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    steps: int = 300
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Requests a step, each with its own edit."""
+    num_edits: int = 1
+    """Requests edited at once: their updates are summed, and each is judged under the sum."""
+    learning_rate: float = 3e-4
+    """Adam's rate for the editor networks; the paper has 1e-6."""
+    rates_learning_rate: float = 1e-4
+    """Adam's rate for the learned per-layer rates."""
+    final_learning_rate: float = 0.05
+    """Both rates fall along a half cosine to this share of themselves at the last step."""
+    clip: float = 100.0
+    """Largest norm of the outer gradient; a longer one is scaled down to it."""
+    edit_weight: float = 0.1
+    """c_e, the weight of the edit loss."""
+    locality_weight: float = 1.0
+    """c_loc, the weight of the locality loss."""
+    own_locality: float = 0.5
+    """Share of locality texts taken from the record's own neighbours, where it has any and other sources are given."""
+    chat_share: float = 0.0
+    """Share of texts posed as chat turns, for instruct models."""
+    target_end: Literal["auto", "always", "never"] = "auto"
+    """Whether targets end with the end-of-answer token: `auto` does so for question tasks and in chat turns."""
+    normalizer_examples: int = 512
+    """Training requests that the normaliser's statistics are fitted on before the first step."""
+    valid_examples: int = 256
+    """Validation requests at most."""
+    valid_every: int = 50
+    """Steps between validations; the best editor by validation loss is the one that is kept."""
+    patience: int = 20_000
+    """Stop after this many steps without a lower validation loss."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints."""
+    replay: bool = True
+    """Run the trunk once and replay it; false runs every pass in full."""
+    seed: int = 0
+    """Decides the editor's start and everything that is drawn."""
+    tracker: str | None = None
+    """An experiment tracker that accelerate knows (tensorboard, wandb, ...); metrics.jsonl is always written."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "num_edits", "normalizer_examples", "valid_every", "checkpoint_every", "patience")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("own_locality", "chat_share", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+        if self.batch_size % self.num_edits:
+            raise InputError(f"batch_size {self.batch_size} must be a multiple of num_edits {self.num_edits}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The texts of one request in one step."""
+
+    edit: Encoded
+    rephrasing: Encoded
+    unrelated: Encoded | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the callback is told after every step."""
+
+    step: int
+    steps: int
+    seconds: float
+    """Time that this step took."""
+    metrics: Mapping[str, float]
+
+
+def target_ends(config: TrainConfig, example: EditExample, chat: bool) -> bool:
+    """Whether this example's target ends with the end-of-answer token."""
+    return config.target_end == "always" or (config.target_end == "auto" and (example.question or chat))
+
+
+def draw(
+    example: EditExample, sources: Sequence[Probe], formatter: Formatter, config: TrainConfig, rng: random.Random
+) -> Drawn:
+    """Choose a request's rephrasing and unrelated text, and the form of each, and encode them."""
+
+    def wanted(prompt: str) -> Encoded:
+        chat = rng.random() < config.chat_share
+        return formatter.encode(prompt, example.target, chat=chat, end=target_ends(config, example, chat))
+
+    edit = wanted(example.prompt)
+    rephrasing = wanted(rng.choice(example.rephrasings or (example.prompt,)))
+    own = example.unrelated
+    probes = own if own and (not sources or rng.random() < config.own_locality) else sources
+    if not probes:
+        return Drawn(edit, rephrasing, None)
+    probe = rng.choice(probes)
+    return Drawn(edit, rephrasing, formatter.encode(probe.prompt, probe.answer, chat=rng.random() < config.chat_share))
+
+
+def outer_loss(
+    method: Mend, model: Any, formatter: Formatter, trunk: Trunk, drawn: Sequence[Drawn], config: TrainConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The outer loss summed over the requests, and sums of what is worth watching; nothing is synchronised.
+
+    Differentiable in the method's parameters. `u` and `delta` are constants.
+    """
+    passes: list[tuple[str, list[int], Batch, Any, Tensor | None]] = []
+    edits, order = [], []
+    for group in by_length([len(d.edit) for d in drawn]):
+        batch = formatter.batch([drawn[i].edit for i in group])
+        with trunk.record() as tape, record(model, method.specs) as recording:
+            logits = scored_logits(model, batch)
+            loss = token_nll(logits, batch.label, batch.row, batch.size).sum()
+        edits.append(method.transform(recording.gradient(loss, batch.size)))
+        passes.append(("success", group, batch, tape, None))
+        order += group
+    place = torch.tensor(order, device=formatter.device).argsort()
+    edit = join(edits)[place]
+    if config.num_edits > 1:
+        edit = edit.grouped(config.num_edits)
+
+    for group in by_length([len(d.rephrasing) for d in drawn]):
+        batch = formatter.batch([drawn[i].rephrasing for i in group])
+        passes.append(("generality", group, batch, trunk.run(model, batch.inputs), None))
+    kept = [(i, d.unrelated) for i, d in enumerate(drawn) if d.unrelated is not None]
+    for positions in by_length([len(text) for _, text in kept]):
+        batch = formatter.batch([kept[p][1] for p in positions])
+        with torch.no_grad(), trunk.record() as tape:
+            base = scored_logits(model, batch)
+        passes.append(("locality", [kept[p][0] for p in positions], batch, tape, base))
+
+    zero = torch.zeros((), device=formatter.device)
+    sums = {name: zero for name in ("edit_loss", "locality_loss", "success", "generality", "locality")}
+    for name, group, batch, tape, base in passes:
+        routing = torch.tensor(group, device=formatter.device) // config.num_edits
+        with trunk.replay(tape), edit.on(model, routing):
+            logits = scored_logits(model, batch)
+        found = logits.detach().argmax(-1)
+        if base is None:
+            loss = token_nll(logits, batch.label, batch.row, batch.size).sum() / 2
+            sums["edit_loss"] = sums["edit_loss"] + loss
+            right = (found == batch.label) | batch.is_end
+        else:
+            sums["locality_loss"] = sums["locality_loss"] + token_kl(base, logits, batch.row, batch.size).sum()
+            right = found == base.argmax(-1)
+        sums[name] = sums[name] + all_by_row(right, batch.row, batch.size).sum()
+    total = config.edit_weight * sums["edit_loss"] + config.locality_weight * sums["locality_loss"]
+    return total, {"loss": total, **sums}
+
+
+class Trainer:
+    """One training run: what `train` sets up, and the loop over steps."""
+
+    def __init__(
+        self,
+        method: Mend,
+        model: Any,
+        tokenizer: Any,
+        data: Dataset,
+        valid: Dataset | None,
+        locality: Sequence[Dataset],
+        config: TrainConfig,
+        run: Run,
+    ) -> None:
+        self.accelerator = require("accelerate", "train").Accelerator(cpu=model.device.type == "cpu", log_with=config.tracker)
+        self.method, self.model, self.config, self.run = method, model, config, run
+        self.data, self.valid = data.examples, valid.examples[: config.valid_examples] if valid else ()
+        self.sources = [probe for source in locality for probe in source.probes]
+        self.formatter = Formatter.of(model, tokenizer)
+        model.requires_grad_(False)
+        model.eval()
+        self.trunk = Trunk.below(model, method.specs) if config.replay else Trunk(())
+        networks = [p for p in method.parameters() if p is not method.rates]
+        groups = [{"params": networks, "lr": config.learning_rate}, {"params": [method.rates], "lr": config.rates_learning_rate}]
+        self.optimizer = torch.optim.Adam(groups)
+        self.step, self.best, self.best_step = 0, float("inf"), 0
+
+    def batch(self, step: int) -> list[EditExample]:
+        """The requests of a step: consecutive ones of the epoch's shuffled order."""
+        size = min(self.config.batch_size, len(self.data) - len(self.data) % self.config.num_edits)
+        per_epoch = len(self.data) // size
+        epoch, place = divmod(step, per_epoch)
+        order = list(range(len(self.data)))
+        random.Random(f"{self.config.seed}/epoch/{epoch}").shuffle(order)
+        return [self.data[i] for i in order[place * size : (place + 1) * size]]
+
+    def _drawn(self, examples: Sequence[EditExample], stream: str) -> list[Drawn]:
+        rngs = (random.Random(f"{self.config.seed}/{stream}/{i}") for i in range(len(examples)))
+        return [draw(e, self.sources, self.formatter, self.config, rng) for e, rng in zip(examples, rngs, strict=True)]
+
+    def fit_normalizer(self) -> None:
+        """The first pass over training requests, which fixes the editor's statistics."""
+        examples = [e for s in range(-(-self.config.normalizer_examples // self.config.batch_size)) for e in self.batch(s)]
+        drawn = self._drawn(examples[: self.config.normalizer_examples], "normalizer")
+        for group in by_length([len(d.edit) for d in drawn], limit=self.config.batch_size):
+            self.method.fit_normalizer(self.method.gradient(self.model, self.formatter.batch([drawn[i].edit for i in group])))
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One optimiser step; the mean over the step's requests of everything watched."""
+        progress = self.step / max(1, self.config.steps - 1)
+        low = self.config.final_learning_rate
+        factor = low + (1 - low) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(progress, 1.0))).item())
+        rates = (self.config.learning_rate, self.config.rates_learning_rate)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        drawn = self._drawn(self.batch(self.step), f"step/{self.step}")
+        processes, k = self.accelerator.num_processes, self.config.num_edits
+        mine = [d for i, d in enumerate(drawn) if (i // k) % processes == self.accelerator.process_index]
+        loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, mine, self.config)
+        self.optimizer.zero_grad()
+        (loss / len(drawn)).backward()
+        for parameter in self.method.parameters():
+            if processes > 1:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        norm = torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.step += 1
+        means = {name: value.detach() / len(drawn) for name, value in sums.items()}
+        return {**(self.accelerator.reduce(means, "sum") if processes > 1 else means), "gradient_norm": norm}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The validation requests' mean outer loss and metrics. The same texts are drawn every time."""
+        total: dict[str, float] = {}
+        drawn = self._drawn(self.valid, "valid")
+        whole = len(drawn) - len(drawn) % self.config.num_edits
+        for start in range(0, whole, self.config.batch_size):
+            some = drawn[start : min(start + self.config.batch_size, whole)]
+            _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config)
+            for name, value in sums.items():
+                total[f"valid_{name}"] = total.get(f"valid_{name}", 0.0) + value.item() / whole
+        return total
+
+    def steps(self) -> Iterator[Progress]:
+        """Train to the last step, yielding after each; validations, logs and checkpoints happen on the way."""
+        config = self.config
+        while self.step < config.steps and self.step - self.best_step <= config.patience:
+            begun = time.perf_counter()
+            metrics = {name: value.item() for name, value in self.train_step().items()}
+            if not all(map(_finite, metrics.values())):
+                raise NumericalError(
+                    f"step {self.step} gave NaN or infinite numbers ({metrics}); the last checkpoint is whole: "
+                    "resume it with a lower learning_rate"
+                )
+            seconds = time.perf_counter() - begun
+            last = self.step == config.steps
+            if self.valid and (self.step % config.valid_every == 0 or last):
+                metrics |= self.validate()
+                if metrics["valid_loss"] < self.best:
+                    self.best, self.best_step = metrics["valid_loss"], self.step
+                    self._save_editor()
+            elif not self.valid:
+                self.best_step = self.step
+            if self.accelerator.is_main_process:
+                self.run.log({"step": self.step, "seconds": round(seconds, 4), **metrics})
+                self.accelerator.log(metrics, step=self.step)
+            if self.step % config.checkpoint_every == 0 or last:
+                self.save()
+            yield Progress(self.step, config.steps, seconds, metrics)
+
+    def save(self) -> None:
+        """Write a checkpoint, and the editor too where no validation chooses it."""
+        if self.accelerator.is_main_process:
+            state = {"step": self.step, "best": self.best, "best_step": self.best_step}
+            self.run.save_checkpoint(self.method, self.optimizer, state)
+            if not self.valid:
+                self._save_editor()
+
+    def _save_editor(self) -> None:
+        if self.accelerator.is_main_process:
+            self.run.save_editor(self.method, {"step": self.step})
+
+    def resume(self) -> None:
+        """Continue from the run folder's checkpoint, exactly where it was written."""
+        state = self.run.load_checkpoint(self.method, self.optimizer)
+        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+        self.run.cut_log(self.step)
+
+
+def _finite(number: float) -> bool:
+    return number == number and abs(number) != float("inf")
+
+
+def train(
+    method: Mend,
+    model: Any,
+    tokenizer: Any,
+    data: Dataset,
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    valid: Dataset | None = None,
+    locality: Sequence[Dataset] = (),
+    resume: bool = False,
+    about: Mapping[str, Any] | None = None,
+    callback: Callable[[Progress], object] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Run:
+    """Meta-train an editor into a run folder.
+
+    `callback` is called after every step; when `should_stop` says so, a checkpoint is written and the run can be resumed.
+    `about` goes into the run's description. Freezes the model's parameters and puts it in evaluation mode.
+    Raises `InputError` for data that holds too few requests, and `NumericalError` if the loss stops being finite.
+    """
+    if len(data.examples) < config.num_edits:
+        raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {config.num_edits}")
+    sources = {"data": [data], "valid": [valid] if valid else [], "locality": list(locality)}
+    described = {kind: [{"name": d.name, "sha256": d.sha256} for d in sets] for kind, sets in sources.items()}
+    run = Run(Path(folder))
+    trainer = Trainer(method.to(model.device), model, tokenizer, data, valid, locality, config, run)
+    if resume:
+        run.require_same({"training": asdict(config), "editor": asdict(method.config), **described})
+        trainer.resume()
+    else:
+        if trainer.accelerator.is_main_process:
+            run.create({"training": asdict(config), "editor": asdict(method.config), **described, **(about or {})})
+        trainer.fit_normalizer()
+    if config.tracker:
+        trainer.accelerator.init_trackers("mendlm", config=json.loads(json.dumps(asdict(config))))
+    for progress in trainer.steps():
+        if callback is not None:
+            callback(progress)
+        if should_stop():
+            trainer.save()
+            break
+    trainer.accelerator.end_training()
+    return run
