@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from mendlm.methods.mend import Mend as Mend
     from mendlm.methods.mend import MendConfig as MendConfig
     from mendlm.models import load as load
-    from mendlm.record import Recording as Recording
-    from mendlm.record import record as record
+    from mendlm.recording import Recording as Recording
+    from mendlm.recording import record as record
     from mendlm.replay import Trunk as Trunk
     from mendlm.session import Session as Session
     from mendlm.tasks import load_edits as load_edits
@@ -80,7 +80,7 @@ _HOMES = {
     "methods.finetune": ("FineTune", "FineTuneConfig"),
     "methods.mend": ("Mend", "MendConfig"),
     "models": ("load",),
-    "record": ("Recording", "record"),
+    "recording": ("Recording", "record"),
     "replay": ("Trunk",),
     "session": ("Session",),
     "tasks": ("load_edits", "load_unrelated"),
@@ -91,15 +91,13 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)  # noqa: PLE0605
 
-
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'mendlm' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"mendlm.{_HOME[name]}"), name)
-    # `record` and others are also submodules: what is cached here wins over the submodule that the import has just set.
+
     globals()[name] = value
     return value
-
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]

@@ -30,7 +30,7 @@ from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, require
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.mend import Mend
-from mendlm.record import record
+from mendlm.recording import record
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import Batch, Encoded, Formatter, by_length, scored_logits

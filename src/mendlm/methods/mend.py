@@ -32,7 +32,7 @@ from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
 from mendlm.lowrank import LowRank
 from mendlm.methods.base import Method
-from mendlm.record import Gradient, record
+from mendlm.recording import Gradient, record
 from mendlm.text import Batch, scored_logits
 
 
