@@ -89,7 +89,8 @@ _HOMES = {
     "training": ("TrainConfig", "train"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -98,6 +99,7 @@ def __getattr__(name: str) -> Any:
 
     globals()[name] = value
     return value
+
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]

@@ -10,13 +10,14 @@ Written without peft; knows no model.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mendlm.errors import FormatError, InputError
-from mendlm.files import new_folder, read_json, read_tensors, sha256, write_json, write_tensors
+from mendlm.files import hash_tensor, new_folder, read_json, read_tensors, sha256, write_json, write_tensors
 from mendlm.lowrank import LowRank
 
 FORMAT = "mendlm-edit-1"
@@ -55,6 +56,7 @@ def write(
         content = {
             "format": FORMAT,
             **about,
+            "id": fingerprint(updates),
             "layers": list(updates),
             "rows": rows,
             "transposed": sorted(transposed),
@@ -65,6 +67,15 @@ def write(
             "versions": versions,
         }
         write_json(temporary / ABOUT, content)
+
+
+def fingerprint(updates: Mapping[str, LowRank]) -> str:
+    """A short id of an edit's content: the same rows have the same id."""
+    digest = hashlib.sha256()
+    for name, update in updates.items():
+        for factor in (update.u, update.delta):
+            hash_tensor(digest, name, factor)
+    return digest.hexdigest()[:12]
 
 
 def rank_of(updates: Mapping[str, LowRank]) -> int:
@@ -99,6 +110,17 @@ def read(folder: Path) -> tuple[dict[str, LowRank], frozenset[str], dict[str, An
     about = read_json(folder / ABOUT)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise FormatError(f"{folder / ABOUT} has another format than {FORMAT}; it was written by another version of mendlm")
+    try:
+        updates = _read_rows(folder, about)
+        transposed = frozenset(about["transposed"])
+        if updates and fingerprint(updates) == about["id"] and transposed in (frozenset(), frozenset(updates)):
+            return updates, transposed, about
+    except (KeyError, TypeError, InputError):
+        pass
+    raise FormatError(f"{folder / ABOUT} is damaged: it does not fit the rows beside it; make the edit again")
+
+
+def _read_rows(folder: Path, about: Mapping[str, Any]) -> dict[str, LowRank]:
     exact = EXACT in about["sha256"]
     file = folder / (EXACT if exact else ADAPTER)
     tensors, _ = read_tensors(file)
@@ -112,4 +134,4 @@ def read(folder: Path) -> tuple[dict[str, LowRank], frozenset[str], dict[str, An
             u, delta = (tensors[f"{_PREFIX}{name}.lora_{side}.weight"] for side in "AB")
             rows = about["rows"][name]
             updates[name] = LowRank(u[:rows], delta[:, :rows].mT.contiguous())
-    return updates, frozenset(about["transposed"]), about
+    return updates

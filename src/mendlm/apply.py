@@ -75,9 +75,9 @@ class Edit:
             raise TypeError("this is a single edit, not a batch of edits")
         return batch[0]
 
-    def to(self, *args: torch.device | torch.dtype | str) -> Edit:
-        """As `Tensor.to`, for all rows."""
-        return self._map(lambda update: update.to(*args))
+    def to(self, target: torch.device | torch.dtype | str) -> Edit:
+        """All rows on another device or in another dtype."""
+        return self._map(lambda update: update.to(target))
 
     def detach(self) -> Edit:
         """The same edit outside any graph."""
@@ -89,6 +89,7 @@ class Edit:
 
     def trimmed(self) -> Edit:
         """A single edit without its zero rows."""
+
         def trim(update: LowRank) -> LowRank:
             kept = (update.u != 0).any(-1) & (update.delta != 0).any(-1)
             return LowRank(update.u[kept], update.delta[kept])
@@ -123,6 +124,11 @@ class Edit:
         return cls(updates, transposed, about)
 
 
+def stacked(edits: Sequence[Edit]) -> Edit:
+    """Single edits as one, in their order: the rows of all."""
+    return sum(edits[1:], start=edits[0])
+
+
 def join(edits: Sequence[Edit]) -> Edit:
     """Batches of edits of the same layers as one longer batch."""
     first = edits[0]
@@ -141,19 +147,28 @@ def _route(update: LowRank, routing: Tensor | None) -> Callable[[Tensor], Tensor
             update = update[routing.clamp(min=0)] * under[:, None, None]
         size = update.batch[0]
 
-        # The reshape also serves beams (k rows a request) and layers that are given their tokens flattened.
         def own(x: Tensor) -> Tensor:
-            return update.apply(x.reshape(size, -1, x.shape[-1])).reshape(*x.shape[:-1], update.shape[0])
+            return update.apply(_shared_out(x, size)).reshape(*x.shape[:-1], update.shape[0])
 
         return own
     weights = routing.to(update.u.dtype).repeat_interleave(update.rows, dim=1).unsqueeze(1)
     u, delta = update.u.flatten(0, 1), update.delta.flatten(0, 1)
 
     def several(x: Tensor) -> Tensor:
-        rows = x.reshape(len(weights), -1, x.shape[-1]) @ u.mT
+        rows = _shared_out(x, len(weights)) @ u.mT
         return ((rows * weights) @ delta).reshape(*x.shape[:-1], delta.shape[-1])
 
     return several
+
+
+def _shared_out(x: Tensor, size: int) -> Tensor:
+    """A layer's input as (size, tokens, d_in); also with beams (k rows a request), and where its tokens come flattened."""
+    if len(x) % size:
+        raise InputError(
+            f"{len(x)} rows of input do not divide among {size} edits or rows of routing; give one edit a row, or a "
+            "routing with one entry a row"
+        )
+    return x.reshape(size, -1, x.shape[-1])
 
 
 @contextlib.contextmanager
@@ -225,9 +240,10 @@ def merge(model: nn.Module, edit: Edit) -> MergeReport:
     with torch.no_grad():
         for name, (module, spec, update) in layers.items():
             weight = spec.weight(module)
-            wanted = update.to(weight.device).dense().float()
-            before = weight.float()
+            precise = torch.promote_types(weight.dtype, torch.float32)
+            wanted = update.to(weight.device).to(precise).dense()
+            before = weight.to(precise, copy=True)
             weight.copy_(before + wanted)
             norm = wanted.norm().item()
-            lost[name] = ((weight.float() - before) - wanted).norm().item() / norm if norm else 0.0
+            lost[name] = ((weight - before) - wanted).norm().item() / norm if norm else 0.0
     return MergeReport(lost, snapshot)

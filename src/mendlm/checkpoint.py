@@ -39,6 +39,9 @@ def parse_config(kind: type[_T], values: Mapping[str, Any]) -> _T:
         return pydantic.TypeAdapter(kind).validate_python(dict(values))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, InputError):
+            raise cause from None
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"setting '{where}' of {kind.__name__}: {first['msg']}, got {first['input']!r}") from None
 
@@ -60,10 +63,15 @@ def load_editor(path: Path) -> tuple[Mend, dict[str, Any]]:
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise FormatError(f"{path} is not an editor of format {FORMAT}; train one with `mendlm train`")
-    content = json.loads(metadata["editor"])
-    method = Mend([LayerSpec(**spec) for spec in content["layers"]], parse_config(MendConfig, content["config"]))
+    try:
+        content = json.loads(metadata["editor"])
+        specs, about = [LayerSpec(**spec) for spec in content["layers"]], dict(content["about"])
+        with torch.device("meta"):  # the description is checked before it decides how much memory to take
+            method = Mend(specs, parse_config(MendConfig, content["config"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"{path} has a damaged description ({error}); restore it or train the editor again") from None
     _load_state(method, tensors, path)
-    return method, content["about"]
+    return method, about
 
 
 def _load_state(method: Mend, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -71,6 +79,8 @@ def _load_state(method: Mend, tensors: Mapping[str, Tensor], path: Path) -> None
     different = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
     if different or len(tensors) != len(own):
         raise FormatError(f"{path} does not fit its own description (as {(different or sorted(tensors))[0]}); it is damaged")
+    if method.rates.is_meta:
+        method.to_empty(device="cpu")
     method.load_state_dict(dict(tensors))
 
 
@@ -93,17 +103,27 @@ class Run:
         assert isinstance(content, dict)
         return content
 
-    def require_same(self, wanted: Mapping[str, Any]) -> None:
-        """Raise `InputError` if the run was started with other settings or data."""
+    def continue_with(self, wanted: Mapping[str, Any]) -> None:
+        """Check that a resumed run has the settings and data that it was started with; raises `InputError` if not.
+
+        Only `steps` may differ: the run is made longer or shorter, and its description says so.
+        """
         if not (self.folder / "checkpoint.safetensors").is_file():
             raise InputError(f"{self.folder} holds no checkpoint to resume; start the run without --resume")
         stored = self.description
-        for key, value in json.loads(json.dumps(wanted)).items():
+        wanted = json.loads(json.dumps(wanted))
+        steps = wanted["training"]["steps"]
+        if stored["training"]["steps"] != steps:
+            resumed = {"step": self.last_metrics()["step"], "steps_before": stored["training"]["steps"], "steps": steps}
+            stored["resumed"] = [*stored.get("resumed", []), resumed]
+            stored["training"]["steps"] = steps
+        for key, value in wanted.items():
             if stored.get(key) != value:
                 raise InputError(
                     f"{self.folder} was trained with {key} = {stored.get(key)}, now {value} is asked; "
                     "resume with the same settings, or start a new run in another folder"
                 )
+        write_json(self.folder / "run.json", stored)
 
     def log(self, row: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl."""
@@ -116,6 +136,12 @@ class Run:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         write_bytes(path, b"".join(kept))
+
+    def last_metrics(self) -> dict[str, float]:
+        """The last line of metrics.jsonl."""
+        content = json.loads((self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        assert isinstance(content, dict)
+        return content
 
     def save_editor(self, method: Mend, about: Mapping[str, Any]) -> None:
         """Write editor.safetensors."""

@@ -74,9 +74,7 @@ class Editor:
         for group in by_length([len(text) for text in texts], limit=batch_size):
             batch = self.method.edit(self.model, self.formatter.batch([texts[i] for i in group])) * scale
             for place, index in enumerate(group):
-                edits[index] = replace(
-                    batch[place].trimmed().require_finite(), about=self._about(examples[index], scale, chat)
-                )
+                edits[index] = replace(batch[place].trimmed().require_finite(), about=self._about(examples[index], scale, chat))
         return [edit for edit in edits if edit is not None]
 
     def _about(self, example: EditExample, scale: float, chat: bool) -> dict[str, Any]:

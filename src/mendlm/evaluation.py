@@ -116,14 +116,15 @@ class Evaluator:
             return self._edit_batch(texts).grouped(k)
         stack = self._edit_batch(texts[::k])
         for turn in range(1, k):
-            with applied(self.model, stack):
-                new = self._edit_batch(texts[turn::k], together=True)
-            stack = stack + new
+            new = []
+            for index, text in enumerate(texts[turn::k]):
+                with applied(self.model, stack[index]):
+                    new.append(self._edit_batch([text]))
+            stack = stack + join(new)
         return stack
 
-    def _edit_batch(self, texts: list[Encoded], *, together: bool = False) -> Edit:
-        """One edit a text. `together`: in one batch, so that row i runs under edit i of a stack that is applied."""
-        groups = [list(range(len(texts)))] if together else by_length([len(t) for t in texts], limit=self.config.batch_size)
+    def _edit_batch(self, texts: list[Encoded]) -> Edit:
+        groups = by_length([len(text) for text in texts], limit=self.config.batch_size)
         edits = []
         for group in groups:
             edit = self.method.edit(self.model, self.formatter.batch([texts[i] for i in group]))
@@ -301,7 +302,12 @@ def summarise(rows: Sequence[dict[str, Any]], config: EvaluationConfig) -> dict[
         """Per edit, the mean over its texts; then over edits that have any."""
         means = [[sum(side) / len(texts) for side in zip(*texts, strict=True)] for texts in pairs if texts]
         low, high = metrics.bootstrap([after for _, after in means], seed=config.seed)
-        return {"before": metrics.mean([b for b, _ in means]), "after": metrics.mean([a for _, a in means]), "low": low, "high": high}
+        return {
+            "before": metrics.mean([b for b, _ in means]),
+            "after": metrics.mean([a for _, a in means]),
+            "low": low,
+            "high": high,
+        }
 
     new = [row for row in rows if not row["success"][0]]
     summary: dict[str, Any] = {
@@ -316,7 +322,7 @@ def summarise(rows: Sequence[dict[str, Any]], config: EvaluationConfig) -> dict[
     low, high = metrics.bootstrap(kept, seed=config.seed)
     summary["locality"] = {"after": metrics.mean(kept), "low": low, "high": high}
     answered = [p for row in rows for p in row["locality"] if p["answered"]]
-    right = [metrics.mean([p["right"][side] for p in answered]) for side in (0, 1)]
+    right = [metrics.mean([float(p["right"][side]) for p in answered]) for side in (0, 1)]
     summary["drawdown_acc"] = right[0] - right[1] if right[0] is not None and right[1] is not None else None
     read = [row["prose"] for row in rows if "prose" in row] or answered
     ppl = [_perplexity(read, side) for side in (0, 1)]

@@ -84,9 +84,10 @@ def block_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{stack}.") for stack in stacks)
-        if isinstance(module, nn.ModuleList) and len(module) and not nested:
-            if any(spec_of(child, layer) for child, layer in module[0].named_modules()):
-                stacks[name] = module
+        if nested or not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if any(spec_of(child, layer) for child, layer in module[0].named_modules()):
+            stacks[name] = module
     return stacks
 
 

@@ -91,9 +91,9 @@ class LowRank:
         assert self.batch, "a single matrix has no batch axis to select from"
         return LowRank(self.u[index], self.delta[index])
 
-    def to(self, *args: torch.device | torch.dtype | str) -> LowRank:
-        """As `Tensor.to`, for both factors."""
-        return LowRank(self.u.to(*args), self.delta.to(*args))
+    def to(self, target: torch.device | torch.dtype | str) -> LowRank:
+        """Both factors on another device or in another dtype."""
+        return LowRank(self.u.to(target), self.delta.to(target))
 
     def detach(self) -> LowRank:
         """The same rows outside any graph."""

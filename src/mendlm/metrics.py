@@ -13,6 +13,7 @@ What the metrics mean:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -32,10 +33,10 @@ def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000) 
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The value below which a share (0 to 1) of the values lies, by nearest rank."""
+    """The smallest value that a share (0 to 1) of the values does not exceed: the nearest rank."""
     if not values:
         return None
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def _bare(text: str) -> str:

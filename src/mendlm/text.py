@@ -76,7 +76,7 @@ class Formatter:
         config = model.config.get_text_config()
         if config.is_encoder_decoder:
             family: Family = "encoder-decoder"
-            start = [config.decoder_start_token_id, getattr(config, "forced_bos_token_id", None)]
+            start = [config.decoder_start_token_id, getattr(model.generation_config, "forced_bos_token_id", None)]
             if start[0] is None:
                 raise ModelError(f"{type(model).__name__} has no decoder_start_token_id in its configuration; set one")
         else:
@@ -97,6 +97,10 @@ class Formatter:
             raise InputError("the prompt is empty; give the text that the model is to continue or answer")
         if target is not None and not target.strip():
             raise InputError("the target is empty; give the answer that the model should produce")
+        try:
+            f"{prompt}{target}".encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the prompt or target is not valid Unicode text: {ascii(f'{prompt}{target}')[:80]}") from None
         raw = self.render(prompt) if chat else prompt
         ids = self._tokens(raw, special=not chat)
         answer: list[int] = []
@@ -138,6 +142,10 @@ class Formatter:
         if whole[: len(ids)] == ids:
             return whole[len(ids) :]
         # The tokenizer merges across the boundary: the prompt's own tokens stand, as they will when the model is used.
+        # Behind a line break, no tokenizer adds a space of its own to the target.
+        start, whole = (self._tokens(text, special=False) for text in ("\n", f"\n{glue}{answer}"))
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
         return list(self.tokenizer(glue + answer, add_special_tokens=False, verbose=False)["input_ids"])
 
     def batch(self, texts: Sequence[Encoded]) -> Batch:
@@ -188,17 +196,21 @@ class Formatter:
         Row i of the batch is prompt i, so a batch of edits routes as in `applied`.
         """
         ids, mask = self._pad([list(text.prompt) for text in prompts], left=self.family == "causal")
+        if self.family == "causal" and self.window is not None:
+            max_new_tokens = min(max_new_tokens, self.window - ids.shape[1] + 1)  # the last token is not fed back
         config = copy.deepcopy(model.generation_config)
         config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
-        config.update(max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id or 0)
+        # A forced BOS counts as new; a forced EOS would take the last place, so it is given one of its own.
+        given = max(0, len(self.start) - 1) + (config.forced_eos_token_id is not None)
+        config.update(max_new_tokens=max_new_tokens + given, pad_token_id=self.tokenizer.pad_token_id or 0)
         if config.eos_token_id is None:
             config.eos_token_id = self.tokenizer.eos_token_id
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         answers = []
         for tokens in (out[:, ids.shape[1] :] if self.family == "causal" else out[:, len(self.start) :]).tolist():
-            stop = min((tokens.index(end) for end in ends if end in tokens), default=len(tokens))
-            answers.append(tuple(tokens[:stop]))
+            stop = min((tokens.index(end) for end in ends if end in tokens), default=max_new_tokens)
+            answers.append(tuple(tokens[: min(stop, max_new_tokens)]))
         return answers
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -84,13 +84,18 @@ class TrainConfig:
     """An experiment tracker that accelerate knows (tensorboard, wandb, ...); metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "num_edits", "normalizer_examples", "valid_every", "checkpoint_every", "patience")
-        for name in counts:
+        counts = ("steps", "batch_size", "num_edits", "normalizer_examples", "valid_examples", "valid_every")
+        for name in (*counts, "checkpoint_every", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "rates_learning_rate", "clip", "edit_weight", "locality_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"{name} must be 0 or a positive finite number, got {getattr(self, name)}")
         for name in ("own_locality", "chat_share", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+        if self.patience < self.valid_every:
+            raise InputError(f"patience {self.patience} must be at least valid_every {self.valid_every}")
         if self.batch_size % self.num_edits:
             raise InputError(f"batch_size {self.batch_size} must be a multiple of num_edits {self.num_edits}")
 
@@ -146,6 +151,7 @@ def outer_loss(
 
     Differentiable in the method's parameters. `u` and `delta` are constants.
     """
+    base: Tensor | None
     passes: list[tuple[str, list[int], Batch, Any, Tensor | None]] = []
     edits, order = [], []
     for group in by_length([len(d.edit) for d in drawn]):
@@ -164,15 +170,15 @@ def outer_loss(
     for group in by_length([len(d.rephrasing) for d in drawn]):
         batch = formatter.batch([drawn[i].rephrasing for i in group])
         passes.append(("generality", group, batch, trunk.run(model, batch.inputs), None))
-    kept = [(i, d.unrelated) for i, d in enumerate(drawn) if d.unrelated is not None]
-    for positions in by_length([len(text) for _, text in kept]):
-        batch = formatter.batch([kept[p][1] for p in positions])
+    watched = [(i, d.unrelated) for i, d in enumerate(drawn) if d.unrelated is not None]
+    for positions in by_length([len(text) for _, text in watched]):
+        batch = formatter.batch([watched[p][1] for p in positions])
         with torch.no_grad(), trunk.record() as tape:
             base = scored_logits(model, batch)
-        passes.append(("locality", [kept[p][0] for p in positions], batch, tape, base))
+        passes.append(("locality", [watched[p][0] for p in positions], batch, tape, base))
 
     zero = torch.zeros((), device=formatter.device)
-    sums = {name: zero for name in ("edit_loss", "locality_loss", "success", "generality", "locality")}
+    sums = dict.fromkeys(("edit_loss", "locality_loss", "success", "generality", "locality"), zero)
     for name, group, batch, tape, base in passes:
         routing = torch.tensor(group, device=formatter.device) // config.num_edits
         with trunk.replay(tape), edit.on(model, routing):
@@ -213,7 +219,10 @@ class Trainer:
         model.eval()
         self.trunk = Trunk.below(model, method.specs) if config.replay else Trunk(())
         networks = [p for p in method.parameters() if p is not method.rates]
-        groups = [{"params": networks, "lr": config.learning_rate}, {"params": [method.rates], "lr": config.rates_learning_rate}]
+        groups = [
+            {"params": networks, "lr": config.learning_rate},
+            {"params": [method.rates], "lr": config.rates_learning_rate},
+        ]
         self.optimizer = torch.optim.Adam(groups)
         self.step, self.best, self.best_step = 0, float("inf"), 0
 
@@ -276,7 +285,7 @@ class Trainer:
     def steps(self) -> Iterator[Progress]:
         """Train to the last step, yielding after each; validations, logs and checkpoints happen on the way."""
         config = self.config
-        while self.step < config.steps and self.step - self.best_step <= config.patience:
+        while self.step < config.steps and self.step - self.best_step < config.patience:
             begun = time.perf_counter()
             metrics = {name: value.item() for name, value in self.train_step().items()}
             if not all(map(_finite, metrics.values())):
@@ -346,12 +355,17 @@ def train(
     """
     if len(data.examples) < config.num_edits:
         raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {config.num_edits}")
+    if valid and min(len(valid.examples), config.valid_examples) < config.num_edits:
+        raise InputError(
+            f"{valid.name} gives {min(len(valid.examples), config.valid_examples)} validation requests, "
+            f"fewer than num_edits {config.num_edits}"
+        )
     sources = {"data": [data], "valid": [valid] if valid else [], "locality": list(locality)}
     described = {kind: [{"name": d.name, "sha256": d.sha256} for d in sets] for kind, sets in sources.items()}
     run = Run(Path(folder))
     trainer = Trainer(method.to(model.device), model, tokenizer, data, valid, locality, config, run)
     if resume:
-        run.require_same({"training": asdict(config), "editor": asdict(method.config), **described})
+        run.continue_with({"training": asdict(config), "editor": asdict(method.config), **described})
         trainer.resume()
     else:
         if trainer.accelerator.is_main_process:

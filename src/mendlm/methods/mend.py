@@ -160,8 +160,10 @@ class Mend(nn.Module, Method):
 
     def _rows(self, gradient: Gradient, group: list[LayerSpec]) -> tuple[Tensor, Tensor]:
         """The group's raw rows z (layers, *batch, rows, width), and which of them count: neither factor all zero."""
-        u = torch.stack([gradient[spec.name].u for spec in group]).to(self.rates.dtype)
-        delta = torch.stack([gradient[spec.name].delta for spec in group]).to(self.rates.dtype)
+        longest = max(gradient[spec.name].rows for spec in group)  # an encoder's layers see other texts than a decoder's
+        padded = [gradient[spec.name].pad(longest) for spec in group]
+        u = torch.stack([rows.u for rows in padded]).to(self.rates.dtype)
+        delta = torch.stack([rows.delta for rows in padded]).to(self.rates.dtype)
         return torch.cat([u, delta], -1), (u != 0).any(-1) & (delta != 0).any(-1)
 
     def fit_normalizer(self, gradient: Gradient) -> None:

@@ -120,6 +120,8 @@ class Fields:
             raise self.error(field, f"expected text, got {type(value).__name__}")
         if not value.strip():
             raise self.error(field, "is empty")
+        if not is_text(value):
+            raise self.error(field, "holds half of a surrogate pair, which is no character")
         return value
 
 
@@ -141,14 +143,14 @@ class Task(ABC):
         if text.lstrip()[:1] == "[":
             try:
                 yield from enumerate(json.loads(text), start=1)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise RecordError(path, None, None, f"is not valid JSON: {error}") from None
             return
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     yield number, RecordError(path, number, None, f"is not valid JSON: {error}")
 
     def load(self, path: str | Path, *, skip_bad: bool = False) -> Dataset:
@@ -178,6 +180,11 @@ class Task(ABC):
             raise RecordError(path, None, None, f"holds no usable record ({skipped} malformed)")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return Dataset(f"{self.name}:{path.name}", digest, tuple(examples), tuple(probes), skipped, self.prose)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is valid Unicode text: JSON escapes can spell half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def read_text(path: Path) -> str:

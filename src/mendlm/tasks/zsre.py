@@ -21,8 +21,11 @@ class ZsRE(Task):
         """One record as a question request."""
         rephrasing, unrelated = fields.optional("rephrase"), fields.optional("loc")
         portability: tuple[Probe, ...] = ()
-        if isinstance(fields.record.get("portability"), dict):
-            inner = Fields(fields.path, fields.line, fields.record["portability"])
+        given = fields.record.get("portability")
+        if given is not None:
+            if not isinstance(given, dict):
+                raise fields.error("portability", f"expected an object with fields, got {type(given).__name__}")
+            inner = Fields(fields.path, fields.line, given)
             portability = (Probe(inner.text("New Question"), inner.text("New Answer")),)
         return EditExample(
             prompt=fields.text("src"),

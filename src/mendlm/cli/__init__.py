@@ -1,0 +1,44 @@
+"""The command line: `mendlm`.
+
+Commands import what they need when they run. A `MendError` is one message and exit code 2, never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+
+from mendlm.cli import edits, learning
+from mendlm.errors import MendError
+
+app = typer.Typer(
+    name="mendlm",
+    help="Correct what a pre-trained language model knows: fast, local, reversible edits by MEND.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (
+    edits.demo,
+    learning.train,
+    edits.edit,
+    edits.generate,
+    learning.evaluate,
+    edits.export,
+    edits.inspect,
+):
+    app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; exits the process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments, prog_name="mendlm")
+    except MendError as error:
+        if "--json" in arguments:
+            sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}) + "\n")
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,252 @@
+"""`mendlm demo`, `edit`, `generate`, `export` and `inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mendlm.cli import common
+from mendlm.errors import InputError
+
+
+def demo(
+    prompt: Annotated[str | None, typer.Option("--prompt", help="A prompt of your own; goes with --target.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help="What the model should answer.")] = None,
+    json_output: common.Json = False,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = "auto",
+    from_wheel: common.FromWheel = None,
+) -> None:
+    """Edit one fact of the starter model, and show what changes, what stays, and that the edit comes off."""
+    if (prompt is None) != (target is None):
+        raise InputError("--prompt and --target go together; give both, or neither for the default fact")
+    model, tokenizer = common.open_model("starter", seed=seed, device=device, dtype=dtype, from_wheel=from_wheel)
+
+    from mendlm.demo import PROMPT, TARGET, demonstrate
+
+    editor = common.open_editor(None, "starter", model, tokenizer)
+    prompt, target = prompt or PROMPT, target or TARGET
+    seen = demonstrate(editor, tokenizer, prompt, target)
+    facts = {
+        "edit_ms": round(seen.milliseconds, 1),
+        "rows": seen.edit.rows,
+        "layers": len(seen.edit.updates),
+        "bytes": seen.edit.nbytes,
+        "bit_equal_after_undo": seen.bit_equal,
+    }
+    if json_output:
+        content = {"prompt": prompt, "target": target, "answers": [asdict(shown) for shown in seen.shown], **facts}
+        common.emit(True, content, "")
+        return
+    rows = [(s.kind, s.prompt, _line(s.before), _line(s.under), _line(s.after)) for s in seen.shown]
+    common.table(f"{prompt!r} -> {target!r}", ("", "prompt", "before", "with the edit", "edit taken off"), rows)
+    taken = "the same to the bit" if seen.bit_equal else "NOT the same"
+    common.emit(
+        False,
+        {},
+        f"The edit took {seen.milliseconds:.0f} ms: {seen.edit.rows} rows in each of {len(seen.edit.updates)} layers, "
+        f"{seen.edit.nbytes:,} bytes.\nAfter taking it off, all logits were compared with those before it: {taken}.",
+    )
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def edit(
+    out: Annotated[Path, typer.Option("--out", help="The edit's folder; with --data, the folder of one folder a record.")],
+    model: common.Model = "starter",
+    editor: common.EditorOption = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt to correct.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help="The answer it should get.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="TASK:PATH of requests, instead of one.")] = None,
+    scale: Annotated[float, typer.Option("--scale", help="Strength of the edit.")] = 1.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Pose the prompt as a chat turn.")] = False,
+    force: common.Force = False,
+    skip_bad: common.SkipBad = False,
+    json_output: common.Json = False,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = "auto",
+    revision: common.Revision = None,
+    from_wheel: common.FromWheel = None,
+) -> None:
+    """Make an edit and save it as an adapter folder; or one folder a record of a file."""
+    if (data is None) == (prompt is None and target is None) or (data is None and (prompt is None or target is None)):
+        raise InputError("say what to edit: either --prompt and --target, or --data TASK:PATH")
+
+    from mendlm.files import new_folder, refuse_existing
+    from mendlm.tasks import EditExample, load_edits
+
+    refuse_existing(out, force=force)
+    requests: list[Any] = [(prompt, target)] if data is None else []
+    skipped = 0
+    if data is not None:
+        loaded_data = load_edits(data, skip_bad=skip_bad)
+        requests, skipped = list(loaded_data.examples), loaded_data.skipped
+    loaded, tokenizer = common.open_model(
+        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+    )
+    opened = common.open_editor(editor, model, loaded, tokenizer, force=force)
+    if data is None:
+        made = opened.edit_many(requests, scale=scale, chat=chat)
+        made[0].save(out, force=force)
+        folders = [out]
+    else:
+        with new_folder(out, force=force) as temporary, common.bar() as progress:
+            names = [f"{number:06d}" for number in range(len(requests))]
+            task = progress.add_task("editing", total=len(requests), detail="")
+            for start in range(0, len(requests), 256):
+                some: list[EditExample] = requests[start : start + 256]
+                for name, one in zip(names[start:], opened.edit_many(some, scale=scale, chat=chat), strict=False):
+                    one.save(temporary / name)
+                    progress.advance(task)
+        folders = [out / name for name in names]
+    content = {"out": str(out), "edits": [str(folder) for folder in folders], "count": len(folders), "skipped": skipped}
+    text = f"{len(folders)} edits in {out}" if data is not None else f"the edit is in {out}"
+    common.emit(json_output, content, f"{text} ({skipped} malformed records skipped)" if skipped else text)
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask.")],
+    model: common.Model = "starter",
+    edits: Annotated[list[Path] | None, typer.Option("--edit", help="An edit folder; may repeat, in order.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Pose the prompt as a chat turn.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer.")] = 32,
+    force: common.Force = False,
+    json_output: common.Json = False,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = "auto",
+    revision: common.Revision = None,
+    from_wheel: common.FromWheel = None,
+) -> None:
+    """Answer a prompt greedily, with edits applied as overlay."""
+    from mendlm.apply import Edit
+
+    opened = [Edit.load(folder) for folder in edits or ()]
+    loaded, tokenizer = common.open_model(
+        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+    )
+    from mendlm.session import Session
+
+    session = Session(loaded, tokenizer)
+    names = [session.add(one.to(loaded.device), force=force) for one in opened]
+    answer = session.answer(prompt, chat=chat, max_new_tokens=max_new_tokens)
+    common.emit(json_output, {"prompt": prompt, "chat": chat, "edits": names, "answer": answer}, answer.strip())
+
+
+def export(
+    folders: Annotated[list[Path], typer.Argument(metavar="EDIT_DIR...", help="Edit folders.")],
+    out: Annotated[Path, typer.Option("--out", help="The adapter's folder.")],
+    to: Annotated[Literal["peft"], typer.Option("--to", help="The format.")] = "peft",
+    force: common.Force = False,
+    json_output: common.Json = False,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Store the adapter in this dtype (default: as it is).")] = None,
+) -> None:
+    """Write one or several edits as one PEFT LoRA adapter."""
+    import torch
+
+    from mendlm.apply import Edit
+    from mendlm.export import export_peft
+    from mendlm.models import as_dtype
+
+    where = torch.device(device or "cpu")
+    edits = [Edit.load(folder).to(where) for folder in folders]
+    if dtype is not None:
+        edits = [one.to(as_dtype(dtype, where)) for one in edits]
+    whole = export_peft(edits, out, force=force)
+
+    from mendlm.files import read_json
+
+    about = read_json(out / "edit.json")
+    content = {"out": str(out), "format": to, "edits": len(edits), "rank": about["rank"], "lost_share": about["lost_share"]}
+    worst = max(about["lost_share"].values(), default=0.0)
+    kept = "exactly" if not worst else f"compressed, losing at most {worst:.2%} of a layer's norm"
+    common.emit(
+        json_output, content, f"{len(edits)} edits, {whole.rows} rows, as a rank-{about['rank']} adapter ({kept}): {out}"
+    )
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="'starter', a Hugging Face folder, or a hub id.")],
+    rank: Annotated[int, typer.Option("--rank", min=1, help="The editor's rank, for its size.")] = 256,
+    json_output: common.Json = False,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = "auto",
+    revision: common.Revision = None,
+    from_wheel: common.FromWheel = None,
+) -> None:
+    """What can be edited in a model, the default choice, and what editing and training take."""
+    loaded, tokenizer = common.open_model(
+        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+    )
+
+    from mendlm.errors import LayerError
+    from mendlm.layers import block_stacks, default_layers, editable
+    from mendlm.methods.mend import Mend, MendConfig
+    from mendlm.text import Formatter
+
+    layers = editable(loaded)
+    content: dict[str, Any] = {
+        "model": type(loaded).__name__,
+        "model_type": loaded.config.model_type,
+        "family": Formatter.of(loaded, tokenizer).family,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in loaded.parameters()),
+        "blocks": {name: len(blocks) for name, blocks in block_stacks(loaded).items()},
+        "editable": [asdict(spec) for spec in layers.values()],
+        "default": [],
+    }
+    try:
+        default = default_layers(loaded)
+    except LayerError as error:
+        content["no_default"] = str(error)
+    else:
+        editor = 4 * sum(p.numel() for p in Mend(default, MendConfig(rank=rank)).parameters())
+        base = sum(p.nbytes for p in loaded.parameters())
+        rows = 4 * 32 * sum(sum(spec.shape) for spec in default)  # an edit of 32 rows
+        content |= {
+            "default": [spec.name for spec in default],
+            "editor_rank": rank,
+            "editor_bytes": editor,
+            "edit_memory_bytes": base + editor + rows,
+            # the editor with its gradient and Adam's two moments, and a batch of 64 such edits kept for the backward pass
+            "train_memory_bytes": base + 4 * editor + 64 * 4 * rows,
+        }
+    if json_output:
+        common.emit(True, content, "")
+        return
+    kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for name, spec in layers.items():
+        parts = name.split(".")
+        kinds.setdefault((".".join("*" if part.isdigit() else part for part in parts), spec.shape), []).append(name)
+    rows_shown = [(pattern, f"{d_out} x {d_in}", len(names)) for (pattern, (d_out, d_in)), names in kinds.items()]
+    stacks = ", ".join(f"{name} ({count} blocks)" for name, count in content["blocks"].items())
+    common.emit(
+        False,
+        {},
+        f"{content['model']} ({content['family']}), {content['parameters']:,} parameters in {content['dtype']}\n"
+        f"blocks: {stacks}",
+    )
+    common.table("editable layers", ("layer", "d_out x d_in", "count"), rows_shown)
+    if not content["default"]:
+        common.emit(False, {}, content["no_default"])
+        return
+    mb = 2**20
+    common.emit(
+        False,
+        {},
+        "default layers: "
+        + ", ".join(content["default"])
+        + f"\neditor of rank {rank}: {content['editor_bytes'] / mb:.1f} MB in float32"
+        + f"\nestimated memory: {content['edit_memory_bytes'] / mb:.0f} MB to edit, "
+        + f"{content['train_memory_bytes'] / mb:.0f} MB to train in batches of 64 short requests",
+    )

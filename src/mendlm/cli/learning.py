@@ -1,0 +1,230 @@
+"""`mendlm train` and `mendlm eval`."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mendlm.cli import common
+from mendlm.errors import InputError
+
+Data = Annotated[list[str], typer.Option("--data", help="TASK:PATH of requests (counterfact, zsre, records); may repeat.")]
+Locality = Annotated[
+    list[str] | None, typer.Option("--locality", help="TASK:PATH of unrelated texts (also nq, text); may repeat.")
+]
+
+
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="The run folder.")],
+    model: common.Model = "starter",
+    valid: Annotated[str | None, typer.Option("--valid", help="TASK:PATH of requests to validate on.")] = None,
+    locality: Locality = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML with [editor] and [training] settings.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may repeat.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps; over file and --set.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
+    skip_bad: common.SkipBad = False,
+    json_output: common.Json = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Over the configuration's seed.")] = None,
+    device: common.Device = None,
+    dtype: common.Dtype = "auto",
+    revision: common.Revision = None,
+    from_wheel: common.FromWheel = None,
+) -> None:
+    """Meta-train an editor for a model. Ctrl-C saves a checkpoint; --resume goes on."""
+    editor_values, values = read_settings(config, settings or [])
+    values |= {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
+
+    from mendlm.checkpoint import Run, parse_config
+    from mendlm.editor import base_of
+    from mendlm.files import refuse_existing
+    from mendlm.layers import default_layers, select
+    from mendlm.methods.mend import Mend, MendConfig
+    from mendlm.tasks import combine, load_edits, load_unrelated
+    from mendlm.training import Progress, TrainConfig
+    from mendlm.training import train as run_training
+
+    mend_config, train_config = parse_config(MendConfig, editor_values), parse_config(TrainConfig, values)
+    if not resume:
+        refuse_existing(out, force=False)
+    requests = combine([load_edits(source, skip_bad=skip_bad) for source in data])
+    unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
+    held_out = load_edits(valid, skip_bad=skip_bad) if valid else None
+    loaded, tokenizer = common.open_model(
+        model, seed=train_config.seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+    )
+    specs = select(loaded, mend_config.layers) if mend_config.layers else default_layers(loaded)
+    method = Mend(specs, mend_config)
+    count = sum(parameter.numel() for parameter in method.parameters())
+    common.note(f"{len(requests.examples)} requests; editing {len(specs)} layers with an editor of {count:,} parameters")
+
+    stopping: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
+    try:
+        with common.bar() as progress:
+            task = progress.add_task("training", total=train_config.steps, detail="")
+
+            def show(now: Progress) -> None:
+                m, n = now.metrics, train_config.batch_size
+                detail = (
+                    f"{n / now.seconds:.1f} edits/s  loss {m['loss']:.3f}  success {m['success']:.2f}  "
+                    f"generality {m['generality']:.2f}  locality {m['locality']:.2f}"
+                )
+                progress.update(task, completed=now.step, detail=detail)
+
+            run: Run = run_training(
+                method,
+                loaded,
+                tokenizer,
+                requests,
+                train_config,
+                out,
+                valid=held_out,
+                locality=unrelated,
+                resume=resume,
+                about={"base": base_of(loaded), "command": command_line(sys.argv)},
+                callback=show,
+                should_stop=lambda: bool(stopping),
+            )
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    last = run.last_metrics()
+    content = {"run": str(out), "interrupted": bool(stopping), "layers": [asdict(spec) for spec in specs], "metrics": last}
+    text = f"stopped and saved; go on with --resume --out {out}" if stopping else f"the editor is in {out}"
+    common.emit(json_output, content, f"{text} (step {last['step']}, loss {last['loss']:.3f})")
+    if stopping:
+        raise typer.Exit(130)
+
+
+def read_settings(path: Path | None, settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The [editor] and [training] values of a TOML file, with key=value settings laid over them."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"the configuration file {path} does not exist") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not valid TOML: {error}") from None
+    unknown = set(values) - {"editor", "training"}
+    if unknown or not all(isinstance(section, dict) for section in values.values()):
+        raise InputError(f"{path} has '{', '.join(sorted(unknown))}'; settings belong into the tables [editor] and [training]")
+    sections: dict[str, dict[str, Any]] = {"editor": values.get("editor", {}), "training": values.get("training", {})}
+    for setting in settings:
+        key, equals, raw = setting.partition("=")
+        section, dot, name = key.strip().rpartition(".")
+        if not equals or (dot and section not in sections):
+            raise InputError(f"--set {setting}: expected training.NAME=VALUE or editor.NAME=VALUE")
+        try:
+            value = tomllib.loads(f"value = {raw}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = raw
+        sections[section or "training"][name] = value
+    return sections["editor"], sections["training"]
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command as it was given, with the folders taken off its paths."""
+
+    def short(argument: str) -> str:
+        task, colon, path = argument.rpartition(":")
+        return f"{task}{colon}{Path(path).name}" if "/" in path else argument
+
+    return "mendlm " + shlex.join(short(argument) for argument in arguments[1:])
+
+
+def evaluate(
+    data: Annotated[str, typer.Option("--data", help="TASK:PATH of requests (counterfact, zsre, records).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.jsonl and summary.json.")],
+    model: common.Model = "starter",
+    editor: common.EditorOption = None,
+    method: Annotated[str, typer.Option("--method", help="mend, or ft (fine-tuning).")] = "mend",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N requests.")] = None,
+    num_edits: Annotated[int, typer.Option("--num-edits", min=1, help="Requests edited together.")] = 1,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Edits of a group one after another.")] = False,
+    locality: Locality = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Pose prompts as chat turns.")] = False,
+    scale: Annotated[float, typer.Option("--scale", help="Strength of the edits.")] = 1.0,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the evaluation or of ft.")] = None,
+    force: common.Force = False,
+    skip_bad: common.SkipBad = False,
+    json_output: common.Json = False,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = "auto",
+    revision: common.Revision = None,
+    from_wheel: common.FromWheel = None,
+) -> None:
+    """Edit and score every request; writes results.jsonl (a row an edit) and summary.json."""
+    if method not in ("mend", "ft"):
+        raise InputError(f"unknown method '{method}'; choose mend or ft")
+    if method == "ft" and editor is not None:
+        raise InputError("fine-tuning has no editor; leave --editor out")
+    _, values = read_settings(None, settings or [])
+
+    from mendlm.checkpoint import parse_config
+    from mendlm.editor import base_of
+    from mendlm.evaluation import EvaluationConfig
+    from mendlm.evaluation import evaluate as run_evaluation
+    from mendlm.files import refuse_existing
+    from mendlm.layers import default_layers, select
+    from mendlm.methods.finetune import FineTune, FineTuneConfig
+    from mendlm.tasks import load_edits, load_unrelated
+
+    tuning = FineTuneConfig.__dataclass_fields__
+    given = {"num_edits": num_edits, "sequential": sequential, "chat": chat, "scale": scale, "seed": seed}
+    tuning_values = {name: value for name, value in values.items() if method == "ft" and name in tuning}
+    others = {name: value for name, value in values.items() if name not in tuning_values}
+    evaluation_config = parse_config(EvaluationConfig, {**given, **others})
+    tuning_config = parse_config(FineTuneConfig, tuning_values)
+    refuse_existing(out, force=force)
+    requests = load_edits(data, skip_bad=skip_bad).limited(limit)
+    unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
+    loaded, tokenizer = common.open_model(
+        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+    )
+    about: dict[str, Any] = {"model": base_of(loaded), "command": command_line(sys.argv)}
+    if method == "ft":
+        specs = select(loaded, tuning_config.layers) if tuning_config.layers else default_layers(loaded)
+        chosen: Any = FineTune(specs, tuning_config)
+        about["method_config"] = asdict(tuning_config)
+    else:
+        opened = common.open_editor(editor, model, loaded, tokenizer, force=force)
+        chosen, specs = opened.method, list(opened.method.specs)
+        about["method_config"] = asdict(chosen.config)
+    with common.bar() as progress:
+        task = progress.add_task("evaluating", total=len(requests.examples), detail="")
+        results = run_evaluation(
+            chosen,
+            specs,
+            loaded,
+            tokenizer,
+            requests,
+            evaluation_config,
+            locality=unrelated,
+            about=about,
+            callback=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    results.save(out, force=force)
+    if json_output:
+        common.emit(True, results.summary, "")
+        return
+    rows = []
+    for name in ("success", "generality", "success_generated", "generality_generated", "locality"):
+        value = results.summary[name]
+        interval = f"{value['low']:.3f} to {value['high']:.3f}" if value["low"] is not None else "-"
+        shown = [f"{value[side]:.3f}" if value.get(side) is not None else "-" for side in ("before", "after")]
+        rows.append([name, *shown, interval])
+    for name in ("drawdown_acc", "drawdown_ppl"):
+        if results.summary[name] is not None:
+            rows.append([name, "-", f"{results.summary[name]:+.4f}", "-"])
+    common.table(f"{results.summary['count']} edits of {requests.name}", ("", "before", "after", "95 % interval"), rows)
+    common.note(f"written to {out}")
