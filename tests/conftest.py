@@ -1,0 +1,13 @@
+"""Every test runs offline, on one thread, with the core's shape annotations checked at each call."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jaxtyping
+import torch
+
+torch.set_num_threads(1)
+# Not methods.base: beartype cannot check its protocol `Intervention`.
+CORE = ("lowrank", "layers", "losses", "recording", "apply", "replay", "text", "methods.mend", "methods.finetune")
+jaxtyping.install_import_hook([f"mendlm.{module}" for module in CORE], "beartype.beartype")

@@ -1,0 +1,272 @@
+"""The command line, run in this process on a tiny model: every command, and bad input to every command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cases import byte_tokenizer, tiny
+from mendlm.apply import Edit, applied
+from mendlm.cli import main
+from mendlm.files import read_tensors
+from mendlm.models import load
+from mendlm.text import Formatter
+
+FACTS = [
+    {"prompt": "The capital of France is", "target": "Lyon", "rephrasings": ["France's capital is"],
+     "unrelated": [{"prompt": "The capital of Italy is", "answer": "Rome"}, {"prompt": "Water is"}]},
+    {"prompt": "Who is Ana?", "target": "a baker", "unrelated": [{"prompt": "Who is Bo?"}]},
+    {"prompt": "The river runs through", "target": "the old city", "rephrasings": ["Where the river runs:"]},
+]  # fmt: skip
+TRAIN = ["--set", "editor.rank=4", "--set", "batch_size=2", "--set", "normalizer_examples=3", "--set", "editor.initial_rate=0.05"]
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, facts, and an editor trained by the command."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny("llama").save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--model", str(folder / "model"), "--data", f"records:{folder / 'facts.jsonl'}", "--steps", "3",
+              "--out", str(folder / "run"), *TRAIN])  # fmt: skip
+    assert stop.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def run(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command in the folder; its JSON, or with `fails` its error message."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("MENDLM_CACHE", str(place / "cache"))
+
+    def command(*arguments: object, fails: bool = False) -> Any:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*map(str, arguments), *([] if fails else ["--json"])])
+        out, err = capsys.readouterr()
+        assert stop.value.code == (2 if fails else 0), out + err
+        assert "Traceback" not in err
+        return err if fails else json.loads(out)
+
+    return command
+
+
+def edit(run: Command, out: Path, *more: object) -> Any:
+    return run("edit", "--model", "model", "--editor", "run", "--prompt", "Who is Ana?", "--target", "a baker", "--out", out, *more)
+
+
+def test_train_writes_a_run_that_resumes(run: Command, place: Path, tmp_path: Path) -> None:
+    common = ["train", "--model", "model", "--data", "records:facts.jsonl", *TRAIN]
+    whole = run(*common, "--steps", 4, "--out", tmp_path / "whole")
+    run(*common, "--steps", 2, "--out", tmp_path / "parts")
+    assert "already exists" in run(*common, "--steps", 4, "--out", tmp_path / "parts", fails=True)
+    parts = run(*common, "--steps", 4, "--out", tmp_path / "parts", "--resume")
+    assert parts["metrics"]["step"] == whole["metrics"]["step"] == 4
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 4
+    description = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert description["resumed"] == [{"step": 2, "steps_before": 2, "steps": 4}]
+    assert str(place) not in json.dumps(description)
+
+
+def test_config_file_and_settings(run: Command, tmp_path: Path) -> None:
+    config = tmp_path / "recipe.toml"
+    config.write_text('[editor]\nlayers = ["model.layers.3.mlp.down_proj"]\nrank = 2\n[training]\nsteps = 9\nclip = 5.0\n')
+    settings = ["--set", "clip=7", "--set", "training.batch_size=3", "--set", "normalizer_examples=3", "--steps", 1]
+    made = run("train", "--model", "model", "--data", "records:facts.jsonl", "--config", config, *settings, "--out", tmp_path / "r")
+    assert [layer["name"] for layer in made["layers"]] == ["model.layers.3.mlp.down_proj"]
+    training = json.loads((tmp_path / "r" / "run.json").read_text())["training"]
+    assert (training["steps"], training["clip"], training["batch_size"]) == (1, 7.0, 3)
+
+
+def test_edit_generate_and_a_second_edit(run: Command, place: Path, tmp_path: Path) -> None:
+    edit(run, tmp_path / "one")
+    model, tokenizer = load(place / "model", dtype="float32")
+    formatter = Formatter.of(model, tokenizer)
+    text = formatter.encode("Who is Ana?", None)
+    with applied(model, Edit.load(tmp_path / "one")):
+        expected = formatter.decode(formatter.generate(model, [text], 6)[0])
+    asked = ["generate", "--model", "model", "--prompt", "Who is Ana?", "--max-new-tokens", 6]
+    assert run(*asked, "--edit", tmp_path / "one")["answer"] == expected
+    assert run(*asked)["answer"] != expected
+    run(*asked, "--edit", tmp_path / "one", "--chat")
+    assert "already active" in run(*asked, "--edit", tmp_path / "one", "--edit", tmp_path / "one", fails=True)
+
+
+def test_edit_of_a_file_is_one_folder_a_record(run: Command, tmp_path: Path) -> None:
+    made = run("edit", "--model", "model", "--editor", "run", "--data", "records:facts.jsonl", "--out", tmp_path / "many")
+    assert made["count"] == 3
+    single = edit(run, tmp_path / "single")
+    assert single["count"] == 1
+    batched, alone = Edit.load(Path(made["edits"][1])), Edit.load(tmp_path / "single")
+    for name, update in alone.updates.items():
+        torch.testing.assert_close(batched.updates[name].dense(), update.dense(), rtol=1e-3, atol=1e-6)
+
+
+def test_scale(run: Command, tmp_path: Path) -> None:
+    edit(run, tmp_path / "one")
+    edit(run, tmp_path / "half", "--scale", 0.5)
+    one, half = Edit.load(tmp_path / "one"), Edit.load(tmp_path / "half")
+    for name, update in half.updates.items():
+        torch.testing.assert_close(2 * update.dense(), one.updates[name].dense())
+
+
+@pytest.mark.parametrize("more", [(), ("--num-edits", 3), ("--sequential",), ("--method", "ft", "--set", "steps=2")])
+def test_eval(run: Command, tmp_path: Path, more: tuple[object, ...]) -> None:
+    editor = () if "ft" in more else ("--editor", "run")
+    source = ("--locality", "records:facts.jsonl")
+    summary = run("eval", "--model", "model", *editor, "--data", "records:facts.jsonl", "--out", tmp_path / "e", *source, *more)
+    assert summary == json.loads((tmp_path / "e" / "summary.json").read_text())
+    assert summary["count"] == len((tmp_path / "e" / "results.jsonl").read_text().splitlines()) == 3
+    assert summary["model"]["name"] == "model"
+    assert set(summary["success"]) == {"before", "after", "low", "high"}
+
+
+def test_export_of_several_edits(run: Command, place: Path, tmp_path: Path) -> None:
+    names = ["a", "b"]
+    for name, target in zip(names, ("a baker", "a king"), strict=True):
+        run("edit", "--model", "model", "--editor", "run", "--prompt", "Who is Bo?", "--target", target, "--out", tmp_path / name)
+    run("export", tmp_path / "a", tmp_path / "b", "--to", "peft", "--out", tmp_path / "both")
+    first, second, both = (Edit.load(tmp_path / name) for name in (*names, "both"))
+    for name, update in both.updates.items():
+        torch.testing.assert_close(update.dense(), first.updates[name].dense() + second.updates[name].dense())
+    run("export", tmp_path / "a", "--out", tmp_path / "small", "--dtype", "bfloat16")
+    tensors, _ = read_tensors(tmp_path / "small" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_inspect(run: Command) -> None:
+    seen = run("inspect", "model", "--rank", 3)
+    assert seen["family"] == "causal"
+    assert seen["blocks"] == {"model.layers": 4}
+    assert len(seen["default"]) == 9
+    widths = 2 * 2 * (16 + 24) * 3 + (16 + 24)  # U and V of two blocks, b
+    assert seen["editor_bytes"] == 4 * (2 * widths + 9 * 4 * (16 + 24) + 9)
+
+
+def test_text_output(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit):
+        main(["inspect", "model"])
+    assert "model.layers.*.mlp.gate_proj" in capsys.readouterr().out
+
+
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "layer": (["train", "--data", "records:facts.jsonl", "--set", 'editor.layers=["*.mlp.gate_prj"]'], ["gate_prj", "gate_proj"]),
+    "setting": (["train", "--data", "records:facts.jsonl", "--set", "batchsize=3"], ["batchsize", "batch_size"]),
+    "type": (["train", "--data", "records:facts.jsonl", "--set", "steps=many"], ["steps", "many"]),
+    "config": (["train", "--data", "records:facts.jsonl", "--config", "none.toml"], ["none.toml"]),
+    "task": (["train", "--data", "facts.jsonl"], ["TASK:PATH", "counterfact"]),
+    "missing data": (["train", "--data", "records:none.jsonl"], ["none.jsonl"]),
+    "record": (["train", "--data", "records:bad.jsonl"], ["bad.jsonl", "record 2", "target"]),
+    "no target": (["edit", "--editor", "run", "--prompt", "Who?"], ["--target"]),
+    "empty target": (["edit", "--editor", "run", "--prompt", "Who?", "--target", " "], ["target is empty"]),
+    "long prompt": (["edit", "--editor", "run", "--prompt", "who " * 400, "--target", "Bo"], ["window 128"]),
+    "no editor": (["edit", "--prompt", "Who?", "--target", "Bo"], ["mendlm train", "--editor"]),
+    "missing editor": (["edit", "--editor", "none", "--prompt", "Who?", "--target", "Bo"], ["none"]),
+    "method": (["eval", "--method", "rome", "--data", "records:facts.jsonl"], ["rome", "mend"]),
+    "dtype": (["edit", "--editor", "run", "--prompt", "Who?", "--target", "Bo", "--dtype", "int3"], ["int3", "bfloat16"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_message(run: Command, place: Path, tmp_path: Path, name: str) -> None:
+    (place / "bad.jsonl").write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n')
+    arguments, said = BAD[name]
+    message = run(*arguments, "--model", "model", "--out", tmp_path / "out", fails=True)
+    for words in said:
+        assert words in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_skip_bad_counts(run: Command, place: Path, tmp_path: Path) -> None:
+    (place / "bad.jsonl").write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\nnot json\n')
+    made = run("edit", "--model", "model", "--editor", "run", "--data", "records:bad.jsonl", "--skip-bad", "--out", tmp_path / "m")
+    assert (made["count"], made["skipped"]) == (1, 2)
+
+
+def test_existing_output_is_refused_and_kept(run: Command, tmp_path: Path) -> None:
+    edit(run, tmp_path / "one")
+    before = (tmp_path / "one" / "edit.json").read_bytes()
+    again = ["edit", "--model", "model", "--editor", "run", "--prompt", "Who is Bo?", "--target", "a king", "--out", tmp_path / "one"]
+    assert "--force" in run(*again, fails=True)
+    assert (tmp_path / "one" / "edit.json").read_bytes() == before
+    run(*again, "--force")
+    assert (tmp_path / "one" / "edit.json").read_bytes() != before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["one"]
+
+
+def test_an_edit_of_another_base_is_refused(run: Command, place: Path, tmp_path: Path) -> None:
+    edit(run, tmp_path / "one")
+    other = tiny("llama").__class__(tiny("llama").config)
+    other.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    asked = ["generate", "--model", tmp_path / "other", "--prompt", "Who?", "--edit", tmp_path / "one"]
+    assert "another base model" in run(*asked, fails=True)
+    run(*asked, "--force")
+    made = ["edit", "--model", tmp_path / "other", "--editor", "run", "--prompt", "a", "--target", "b", "--out", tmp_path / "x"]
+    assert "another base model" in run(*made, fails=True)
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    made[2] = tmp_path / "gpt2"
+    assert "no such layer" in run(*made, fails=True)
+
+
+def test_corrupt_files_are_named(run: Command, place: Path, tmp_path: Path) -> None:
+    edit(run, tmp_path / "one")
+    adapter = tmp_path / "one" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-40])
+    asked = ["generate", "--model", "model", "--prompt", "Who?", "--edit", tmp_path / "one"]
+    assert "adapter_model.safetensors" in run(*asked, fails=True)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "editor.safetensors").write_bytes((place / "run" / "editor.safetensors").read_bytes()[:1000])
+    made = ["edit", "--model", "model", "--editor", broken, "--prompt", "a", "--target", "b", "--out", tmp_path / "x"]
+    assert "editor.safetensors" in run(*made, fails=True)
+
+
+def test_an_update_that_is_not_finite_writes_nothing(run: Command, tmp_path: Path) -> None:
+    made = ["edit", "--model", "model", "--editor", "run", "--prompt", "Who?", "--target", "Bo", "--scale", "inf"]
+    assert "NaN or infinite" in run(*made, "--out", tmp_path / "x", fails=True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_json_errors(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--model", "starter", "--prompt", "a", "--edit", str(tmp_path / "none"), "--json"])
+    assert stop.value.code == 2
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "FormatError"
+
+
+def test_help_is_light() -> None:
+    code = "import sys; from mendlm.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pydantic')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_run_that_goes_on(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "mendlm", "train", "--model", str(place / "model"), "--data"]
+    command += [f"records:{place / 'facts.jsonl'}", "--out", str(out), "--steps", "100000", *TRAIN]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(2)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume" in said
+    step = len((out / "metrics.jsonl").read_text().splitlines())
+    assert read_tensors(out / "checkpoint.safetensors")[1]["state"].startswith(f'{{"step": {step},')

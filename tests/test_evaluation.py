@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from cases import byte_tokenizer, tiny
+from mendlm import files, metrics
+from mendlm.apply import Edit, applied
+from mendlm.errors import InputError, NumericalError
+from mendlm.evaluation import EvaluationConfig, Evaluator, Results, evaluate
+from mendlm.layers import default_layers
+from mendlm.methods.finetune import FineTune, FineTuneConfig
+from mendlm.methods.mend import Mend, MendConfig
+from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.text import Encoded, Formatter
+
+NAMES = ("Ana", "Bo Rask", "Cy", "Dora Lund", "Eli", "Fay Ott")
+CONFIG = EvaluationConfig(batch_size=4, timed_edits=2)
+
+
+def example(index: int) -> EditExample:
+    name = NAMES[index]
+    asked = index % 2 == 0
+    return EditExample(
+        prompt=f"Who is {name}?" if asked else f"The home of {name} is",
+        target="x" if asked else " of",
+        rephrasings=(f"{name} lives in", f"Where {name} lives:")[: index % 3],
+        unrelated=((Probe(f"The river of {name}", "an"), Probe(f"{name} likes")) if index % 4 else ()),
+        subject=name,
+        question=asked,
+    )
+
+
+EXAMPLES = tuple(example(i) for i in range(6))
+DATA = Dataset("records:x", "abc", EXAMPLES, tuple(p for e in EXAMPLES for p in e.unrelated), skipped=3)
+ASKING = Dataset("nq:y", "def", (), (Probe("What is it?", "is"), Probe("Why?", "the")))
+READING = Dataset("text:z", "ghi", (), (Probe("The river runs through", "the city of"), Probe("An old", "capital")), prose=True)
+
+
+def trained(name: str, strength: float = 0.5) -> Mend:
+    """An editor with statistics and large rates: its edits change answers, good or bad."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        method = Mend(default_layers(tiny(name)), MendConfig(rank=4, initial_rate=strength))
+    form = Formatter.of(tiny(name), byte_tokenizer())
+    for one in EXAMPLES:
+        method.fit_normalizer(method.gradient(tiny(name), form.batch([form.encode(one.prompt, one.target)])))
+    return method.eval()
+
+
+def run(method: Any, name: str = "llama", config: EvaluationConfig = CONFIG, **more: Any) -> Results:
+    specs = method.specs
+    return evaluate(method, specs, tiny(name), byte_tokenizer(), more.pop("data", DATA), config, **more)
+
+
+class Oracle:
+    """One text at a time, full forward passes with dense weights."""
+
+    def __init__(self, name: str, method: Any, num_edits: int = 1, sequential: bool = False) -> None:
+        self.model, self.form = tiny(name), Formatter.of(tiny(name), byte_tokenizer())
+        self.method, self.weights = method, []
+        for start in range(0, len(EXAMPLES), num_edits):
+            single: list[Edit] = []
+            for one in EXAMPLES[start : start + num_edits]:
+                batch = self.form.batch([self.form.encode(one.prompt, one.target, end=one.question)])
+                if sequential and single:
+                    with applied(self.model, sum(single[1:], start=single[0])):
+                        single.append(method.edit(self.model, batch)[0])
+                else:
+                    single.append(method.edit(self.model, batch)[0])
+            weights = {}
+            for spec in method.specs:
+                change = sum(edit.updates[spec.name].dense() for edit in single)
+                weights[f"{spec.name}.weight"] = self.model.get_parameter(f"{spec.name}.weight") + (
+                    change.T if spec.transposed else change
+                )
+            self.weights += [weights] * num_edits
+
+    def forward(self, weights: dict[str, Tensor], prompt: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
+        if self.model.config.is_encoder_decoder:
+            inputs = {
+                "input_ids": torch.tensor([prompt]),
+                "decoder_input_ids": torch.tensor([[*self.form.start, *target[:-1]]]),
+            }
+            first = len(self.form.start) - 1
+        else:
+            inputs, first = {"input_ids": torch.tensor([[*prompt, *target[:-1]]])}, len(prompt) - 1
+        return functional_call(self.model, weights, kwargs={**inputs, "use_cache": False}).logits[0, first:]
+
+    def greedy(self, weights: dict[str, Tensor], prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+        found: list[int] = []
+        for _ in range(count):
+            token = self.forward(weights, prompt, (*found, 0))[-1].argmax().item()
+            if token == byte_tokenizer().eos_token_id:
+                break
+            found.append(token)
+        return tuple(found)
+
+    def right(self, index: int, text: Encoded) -> list[bool]:
+        target = list(text.target)[: len(text.target) - text.ended]
+        both = [self.forward(weights, text.prompt, text.target).argmax(-1) for weights in ({}, self.weights[index])]
+        return [found[: len(target)].tolist() == target for found in both]
+
+    def nll(self, index: int, text: Encoded) -> list[float]:
+        both = [self.forward(weights, text.prompt, text.target).log_softmax(-1) for weights in ({}, self.weights[index])]
+        return [-found[range(len(text.target)), list(text.target)].mean().item() for found in both]
+
+    def kept(self, index: int, text: Encoded) -> bool:
+        before, after = (self.forward(weights, text.prompt, text.target).argmax(-1) for weights in ({}, self.weights[index]))
+        counted = len(text.target) - text.ended
+        return bool(before[:counted].equal(after[:counted]))
+
+    def probe(self, probe: Probe) -> Encoded:
+        text = self.form.encode(probe.prompt, probe.answer)
+        if probe.answer is not None:
+            return text
+        return Encoded(text.prompt, self.greedy({}, text.prompt, 5) or (byte_tokenizer().eos_token_id,))
+
+
+def mean(values: list[Any]) -> float:
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "settings"),
+    [
+        ("llama", "mend", {}),
+        ("gpt2", "mend", {"num_edits": 2}),
+        ("gpt2", "mend", {"num_edits": 3, "sequential": True}),
+        ("llama", "mend", {"sequential": True}),
+        ("t5", "mend", {}),
+        ("bart", "mend", {"num_edits": 2}),
+        ("llama", "ft", {}),
+        ("gpt2", "ft", {"num_edits": 2}),
+        ("gpt2", "ft", {"num_edits": 2, "sequential": True}),
+    ],
+)
+def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, settings: dict[str, Any]) -> None:
+    editor: Any = (
+        trained(name) if method == "mend" else FineTune(default_layers(tiny(name)), FineTuneConfig(rate=0.5, steps=6, optimizer="sgd"))
+    )
+    results = run(editor, name, replace(CONFIG, **settings), locality=[ASKING, READING])
+    k = 6 if settings == {"sequential": True} else settings.get("num_edits", 1)
+    oracle = Oracle(name, editor, k, settings.get("sequential", False))
+    form = oracle.form
+    longest = max(len(form.encode(one.prompt, one.target, end=one.question).target) for one in EXAMPLES)
+    probes: list[tuple[int, Probe]] = []
+    for index, (row, one) in enumerate(zip(results.rows, EXAMPLES, strict=True)):
+        assert (row["index"], row["prompt"], row["target"], row["subject"]) == (index, one.prompt, one.target, one.subject)
+        exact = form.encode(one.prompt, one.target, end=one.question)
+        assert list(row["success"]) == oracle.right(index, exact)
+        assert row["nll"] == pytest.approx(oracle.nll(index, exact), rel=1e-3, abs=1e-4)
+        rephrased = [form.encode(prompt, one.target, end=one.question) for prompt in one.rephrasings]
+        assert [list(pair) for pair in row["generality"]] == [oracle.right(index, text) for text in rephrased]
+        watched = [*one.unrelated, ASKING.probes[index % 2]]
+        probes += [(index, probe) for probe in watched]
+        assert [p["kept"] for p in row["locality"]] == [oracle.kept(index, oracle.probe(probe)) for probe in watched]
+        match = metrics.answers if one.question else metrics.continues
+        for key, texts in (("success", [exact]), ("generality", rephrased)):
+            for text, found, flags in zip(texts, row[f"{key}_text"], row[f"{key}_generated"], strict=True):
+                for weights, said, flag in zip(({}, oracle.weights[index]), found, flags, strict=True):
+                    tokens = oracle.greedy(weights, text.prompt, longest + 4)
+                    # A batch runs to its longest target.
+                    assert said in [form.decode(tokens[: count + 4]) for count in range(len(text.target), longest + 1)]
+                    assert flag == match(said, one.target)
+    summary = results.summary
+    assert summary["success"]["before"] == pytest.approx(mean([row["success"][0] for row in results.rows]))
+    assert summary["success"]["after"] == pytest.approx(mean([row["success"][1] for row in results.rows]))
+    several = [row["generality"] for row in results.rows if row["generality"]]
+    assert summary["generality"]["after"] == pytest.approx(mean([mean([after for _, after in pairs]) for pairs in several]))
+    kept = [mean([p["kept"] for p in row["locality"]]) for row in results.rows]
+    assert summary["locality"]["after"] == pytest.approx(mean(kept))
+    pairs = [oracle.right(i, form.encode(p.prompt, p.answer)) for i, p in probes if p.answer is not None]
+    assert summary["drawdown_acc"] == pytest.approx(mean([b for b, _ in pairs]) - mean([a for _, a in pairs]))
+    passages = [(i, form.encode(p.prompt, p.answer)) for i in range(6) for p in [READING.probes[i % 2]]]
+    tokens = sum(len(text.target) for _, text in passages)
+    total = [sum(oracle.nll(i, text)[side] * len(text.target) for i, text in passages) for side in (0, 1)]
+    ppl = [math.exp(part / tokens) for part in total]
+    assert summary["perplexity"] == pytest.approx({"before": ppl[0], "after": ppl[1]}, rel=1e-3)
+    assert summary["drawdown_ppl"] == pytest.approx(ppl[1] - ppl[0], rel=1e-2, abs=1e-2)
+    changed = [row["success"] for row in results.rows] + [pair for row in results.rows for pair in row["generality"]]
+    assert any(before != after for before, after in changed) or not all(p["kept"] for r in results.rows for p in r["locality"])
+
+
+def test_the_summary_has_every_key() -> None:
+    summary = run(trained("llama"), locality=[ASKING, READING], about={"model": "tiny"}).summary
+    assert json.loads(json.dumps(summary)) == summary
+    named = {key: summary[key] for key in ("model", "method", "data", "data_sha256", "count", "skipped", "num_edits", "seed")}
+    assert named == {
+        "model": "tiny", "method": "mend", "data": "records:x", "data_sha256": "abc", "count": 6, "skipped": 3,
+        "num_edits": 1, "seed": 0,
+    }  # fmt: skip
+    assert summary["format"] == "mendlm-summary-1"
+    for key in ("success", "generality", "success_generated", "generality_generated"):
+        assert set(summary[key]) == {"before", "after", "low", "high"}
+        assert summary[key]["low"] <= summary[key]["after"] <= summary[key]["high"]
+    assert set(summary["locality"]) == {"after", "low", "high"}
+    assert set(summary["edit_ms"]) == {"p50", "p95"}
+    assert 0 < summary["edit_ms"]["p50"] <= summary["edit_ms"]["p95"]
+    assert summary["peak_memory_mb"] > 50
+    assert isinstance(summary["drawdown_acc"], float)
+    assert isinstance(summary["drawdown_ppl"], float)
+    assert summary["drawdown_text"] == "text:z"
+    assert summary["locality_sources"] == [{"name": "nq:y", "sha256": "def"}, {"name": "text:z", "sha256": "ghi"}]
+
+
+def test_adapter_bytes_are_those_of_a_saved_edit(tmp_path: Path) -> None:
+    method = trained("llama")
+    form = Formatter.of(tiny("llama"), byte_tokenizer())
+    sizes = []
+    for one in EXAMPLES[:2]:
+        batch = form.batch([form.encode(one.prompt, one.target, end=one.question)])
+        method.edit(tiny("llama"), batch)[0].trimmed().save(tmp_path / one.prompt)
+        tensors, _ = files.read_tensors(tmp_path / one.prompt / "adapter_model.safetensors")
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+    assert run(method).summary["adapter_bytes"] == max(sizes)
+
+
+def test_what_is_missing_is_none_not_zero() -> None:
+    bare = replace(DATA, examples=tuple(replace(e, rephrasings=(), unrelated=()) for e in EXAMPLES), probes=())
+    summary = run(trained("llama"), data=bare, config=replace(CONFIG, generate=False)).summary
+    nothing = {"before": None, "after": None, "low": None, "high": None}
+    assert summary["generality"] == summary["success_generated"] == summary["generality_generated"] == nothing
+    assert summary["locality"] == {"after": None, "low": None, "high": None}
+    assert (summary["drawdown_acc"], summary["drawdown_ppl"]) == (None, None)
+
+
+def test_a_target_that_the_model_gives_already_is_counted_apart() -> None:
+    form, model = Formatter.of(tiny("llama"), byte_tokenizer()), tiny("llama")
+    prompt = form.encode("The river", None)
+    (token,) = form.generate(model, [prompt], 1)[0]
+    given = [EditExample(prompt="The river", target=t) for t in ("x", "y")]
+    method = trained("llama")
+    evaluator = Evaluator(method, method.specs, model, byte_tokenizer(), CONFIG)
+    edit = evaluator.edit(given)
+    known = Encoded(prompt.prompt, (token,))
+    assert evaluator.score([(0, known)], edit)[0].right[0] is True
+    rows = run(method, data=replace(DATA, examples=tuple(given))).rows
+    assert [row["success"][0] for row in rows] == [False, False]
+    summary = run(method).summary
+    already = sum(row["success"][0] for row in run(method).rows)
+    assert summary["already_given"] == already
+
+
+def test_the_scale_multiplies_every_edit() -> None:
+    method = trained("llama")
+    evaluators = [
+        Evaluator(method, method.specs, tiny("llama"), byte_tokenizer(), replace(CONFIG, scale=s)) for s in (1.0, 0.5)
+    ]
+    whole, half = (evaluator.edit(EXAMPLES) for evaluator in evaluators)
+    for name, update in whole.updates.items():
+        torch.testing.assert_close(half.updates[name].dense(), 0.5 * update.dense())
+    rows = run(method, config=replace(CONFIG, scale=0.0)).rows
+    assert all(row["success"][0] == row["success"][1] for row in rows)
+    assert all(p["kept"] for row in rows for p in row["locality"])
+
+
+def test_chunks_and_batches_do_not_matter() -> None:
+    one, other = (run(trained("llama"), config=replace(CONFIG, batch_size=size), locality=[ASKING]) for size in (1, 32))
+    for mine, its in zip(one.rows, other.rows, strict=True):
+        for key in ("success", "generality", "success_generated", "generality_generated"):
+            assert mine[key] == its[key]
+        assert [p["kept"] for p in mine["locality"]] == [p["kept"] for p in its["locality"]]
+
+
+def test_left_over_requests_of_the_last_group_are_said(tmp_path: Path) -> None:
+    results = run(trained("llama"), config=replace(CONFIG, num_edits=4, generate=False))
+    assert (results.summary["count"], results.summary["unused"], len(results.rows)) == (4, 2, 4)
+    with pytest.raises(InputError, match="6 requests, fewer than num_edits 7"):
+        run(trained("llama"), config=replace(CONFIG, num_edits=7))
+
+
+def test_the_callback_is_told_of_every_chunk() -> None:
+    told: list[tuple[int, int]] = []
+    run(trained("llama"), config=replace(CONFIG, generate=False), callback=lambda *numbers: told.append(numbers))
+    assert told == [(4, 6), (6, 6)]
+
+
+def test_chat_poses_prompts_and_probes_as_turns() -> None:
+    method = trained("llama")
+    evaluator = Evaluator(method, method.specs, tiny("llama"), byte_tokenizer(), replace(CONFIG, chat=True))
+    one = EXAMPLES[1]
+    assert evaluator.encode(one, one.prompt) == evaluator.formatter.encode(one.prompt, one.target, chat=True, end=True)
+    (text,) = evaluator.probe([Probe("Who?", "Ana")])
+    assert text == evaluator.formatter.encode("Who?", "Ana", chat=True)
+
+
+@pytest.mark.parametrize(("mode", "ends"), [("auto", [True, False]), ("always", [True, True]), ("never", [False, False])])
+def test_target_end_is_as_configured(mode: Any, ends: list[bool]) -> None:
+    method = trained("llama")
+    evaluator = Evaluator(method, method.specs, tiny("llama"), byte_tokenizer(), replace(CONFIG, target_end=mode))
+    assert [evaluator.encode(e, e.prompt).ended for e in EXAMPLES[:2]] == ends
+
+
+def test_an_edit_that_is_not_finite_stops_the_evaluation() -> None:
+    method = trained("llama")
+    with torch.no_grad():
+        method.rates.fill_(float("nan"))
+    with pytest.raises(NumericalError):
+        run(method)
+
+
+@pytest.mark.parametrize("name", ["num_edits", "batch_size", "timed_edits"])
+def test_counts_must_be_positive(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
+        replace(CONFIG, **{name: 0})
+
+
+def test_results_are_saved_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = Results([{"prompt": "é", "index": 0}, {"prompt": "b", "index": 1}], {"count": 2})
+    results.save(tmp_path / "out")
+    assert [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()] == results.rows
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == results.summary
+    with pytest.raises(InputError, match="--force"):
+        results.save(tmp_path / "out")
+    worse = Results([], {"count": object()})
+    with pytest.raises(TypeError):
+        worse.save(tmp_path / "out", force=True)
+    with pytest.raises(TypeError):
+        worse.save(tmp_path / "new")
+    assert os.listdir(tmp_path) == ["out"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == results.summary
+    Results([], {"count": 0}).save(tmp_path / "out", force=True)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == {"count": 0}

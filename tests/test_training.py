@@ -1,0 +1,485 @@
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from cases import byte_tokenizer, tiny
+from mendlm import training
+from mendlm.checkpoint import load_editor
+from mendlm.errors import FormatError, InputError, NumericalError
+from mendlm.files import read_tensors
+from mendlm.layers import default_layers
+from mendlm.lowrank import LowRank
+from mendlm.methods.mend import Mend, MendConfig
+from mendlm.replay import Trunk
+from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.text import Encoded, Formatter
+from mendlm.training import Drawn, TrainConfig, Trainer, draw, outer_loss, train
+
+NAMES = ("Ana", "Bo Rask", "Cy", "Dora Lund Vale", "Eli", "Fay Ott", "Gus", "Hedda of the North", "Ivo", "Jo", "Kim", "Lea")
+
+
+def example(index: int) -> EditExample:
+    name = NAMES[index % len(NAMES)]
+    asked = index % 3 == 0
+    return EditExample(
+        prompt=f"Who is {name}?" if asked else f"The home of {name} is",
+        target="a baker" if asked else f" town {index}",
+        rephrasings=(f"{name} lives in", f"Where {name} lives:") if index % 4 else (),
+        unrelated=(Probe(f"The river of {name}", "is long"), Probe(f"{name} likes")) if index % 5 else (),
+        question=asked,
+    )
+
+
+def facts(first: int, count: int) -> Dataset:
+    examples = tuple(example(i) for i in range(first, first + count))
+    return Dataset(f"records:{first}", f"{first}+{count}", examples, tuple(p for e in examples for p in e.unrelated))
+
+
+DATA, VALID = facts(0, 11), facts(20, 7)
+ELSEWHERE = Dataset("nq:x", "x", (), (Probe("What is it?", "A thing"), Probe("Why?", "So"), Probe("How many are there", None)))
+SMALL = TrainConfig(steps=6, batch_size=4, normalizer_examples=8, valid_every=2, checkpoint_every=2, chat_share=0.3)
+
+
+def new_method(name: str = "llama", seed: int = 0, **config: Any) -> Mend:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Mend(default_layers(tiny(name)), MendConfig(rank=4, initial_rate=0.1, **config))
+
+
+def fitted(name: str, model: Any, form: Formatter, drawn: Sequence[Drawn]) -> Mend:
+    method = new_method(name).to(model.dtype)
+    rng = torch.Generator().manual_seed(1)
+    for one in drawn:
+        method.fit_normalizer(method.gradient(model, form.batch([one.edit])))
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype))
+    return method
+
+
+def draws(form: Formatter, config: TrainConfig, count: int = 8) -> list[Drawn]:
+    rng = random.Random(5)
+    return [draw(example(i), ELSEWHERE.probes, form, config, rng) for i in range(count)]
+
+
+def one_text(model: Any, form: Formatter, text: Encoded) -> tuple[dict[str, Tensor], slice]:
+    """Unpadded inputs, and where the logits of the target are (without one: of the prompt's end)."""
+    count = max(1, len(text.target))
+    if model.config.is_encoder_decoder:
+        decoder = torch.tensor([[*form.start, *text.target[:-1]]])
+        first = len(form.start) - 1
+        return {"input_ids": torch.tensor([text.prompt]), "decoder_input_ids": decoder}, slice(first, first + count)
+    first = len(text.prompt) - 1
+    return {"input_ids": torch.tensor([[*text.prompt, *text.target[:-1]]])}, slice(first, first + count)
+
+
+def dense_update(method: Mend, model: Any, form: Formatter, text: Encoded) -> dict[str, Tensor]:
+    """Weight name -> the edit's change of it; `u` and `delta` by hooks and `retain_grad` on a trainable copy."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Tensor) -> None:
+            output.retain_grad()
+            seen[name] = (args[0].detach(), output)
+
+        return hook
+
+    for spec in method.specs:
+        model.get_submodule(spec.name).register_forward_hook(keep(spec.name))
+    inputs, places = one_text(model, form, text)
+    logits = model(**inputs, use_cache=False).logits[0, places]
+    logits.log_softmax(-1)[range(len(text.target)), list(text.target)].mean().neg().backward()
+    gradient = {name: LowRank(u.flatten(0, 1)[None], out.grad.flatten(0, 1)[None]) for name, (u, out) in seen.items()}
+    edit = method.transform(gradient)
+    return {
+        f"{s.name}.weight": edit.updates[s.name].dense()[0].T if s.transposed else edit.updates[s.name].dense()[0]
+        for s in method.specs
+    }
+
+
+def naive_loss(method: Mend, model: Any, form: Formatter, drawn: Sequence[Drawn], config: TrainConfig) -> dict[str, Tensor]:
+    """One text at a time, full forward passes with dense weights."""
+    sums = dict.fromkeys(("edit_loss", "locality_loss", "success", "generality", "locality"), torch.zeros(()))
+    k = config.num_edits
+    updates = [dense_update(method, model, form, d.edit) for d in drawn]
+    for index, one in enumerate(drawn):
+        group = updates[index // k * k : index // k * k + k]
+        weights = {name: model.get_parameter(name) + sum(update[name] for update in group) for name in group[0]}
+        for name, text in (("success", one.edit), ("generality", one.rephrasing)):
+            inputs, places = one_text(model, form, text)
+            logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
+            target = torch.tensor(text.target)
+            nll = -logits.log_softmax(-1).gather(1, target[:, None]).mean()
+            sums["edit_loss"] = sums["edit_loss"] + 0.5 * nll
+            counted = len(target) - text.ended
+            sums[name] = sums[name] + float(logits.argmax(-1)[:counted].equal(target[:counted]))
+        if one.unrelated is not None:
+            inputs, places = one_text(model, form, one.unrelated)
+            base = model(**inputs, use_cache=False).logits[0, places]
+            logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
+            kl = torch.nn.functional.kl_div(logits.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="sum")
+            sums["locality_loss"] = sums["locality_loss"] + kl / len(base)
+            sums["locality"] = sums["locality"] + float(logits.argmax(-1).equal(base.argmax(-1)))
+    sums["loss"] = config.edit_weight * sums["edit_loss"] + config.locality_weight * sums["locality_loss"]
+    return sums
+
+
+def grads(loss: Tensor, method: Mend) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(method.parameters()))])
+
+
+CASES = [
+    ("gpt2", torch.float64, {}),
+    ("gpt2", torch.float64, {"num_edits": 2, "edit_weight": 1.0, "locality_weight": 0.3}),
+    ("llama", torch.float32, {"own_locality": 0.0, "target_end": "always"}),
+    ("llama", torch.float32, {"num_edits": 4, "chat_share": 0.5}),
+    ("opt", torch.float64, {}),
+    ("t5", torch.float32, {}),
+    ("bart", torch.float64, {"num_edits": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "settings"), CASES)
+def test_the_outer_loss_and_its_gradient_equal_the_naive_ones(name: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    config = TrainConfig(batch_size=8, **settings)
+    model = copy.deepcopy(tiny(name)).to(dtype)
+    form = Formatter.of(model, byte_tokenizer())
+    drawn = draws(form, config)
+    assert len({len(d.edit) for d in drawn}) > 3
+    method = fitted(name, model, form, drawn)
+    expected = naive_loss(method, model, form, drawn, config)
+    gradient = grads(expected["loss"], method)
+    exact = dtype == torch.float64
+    for trunk in (Trunk.below(model, method.specs), Trunk(())):
+        loss, sums = outer_loss(method, model, form, trunk, drawn, config)
+        for key, value in expected.items():
+            torch.testing.assert_close(sums[key].double(), value.detach().double(), rtol=1e-9 if exact else 2e-5, atol=1e-6)
+        found = grads(loss, method)
+        assert ((found - gradient).norm() / gradient.norm()).item() < (1e-8 if exact else 2e-4)
+    assert gradient.norm() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_loss_of_a_batch_is_the_sum_of_its_examples() -> None:
+    config, model = SMALL, tiny("llama")
+    form = Formatter.of(model, byte_tokenizer())
+    drawn = draws(form, config)
+    method = fitted("llama", model, form, drawn)
+    trunk = Trunk.below(model, method.specs)
+    together, sums = outer_loss(method, model, form, trunk, drawn, config)
+    alone = [outer_loss(method, model, form, trunk, [d], config) for d in drawn]
+    torch.testing.assert_close(together, sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-5)
+    for name, value in sums.items():
+        torch.testing.assert_close(value, sum(one[name] for _, one in alone), rtol=1e-5, atol=1e-5)
+    gradient = sum(grads(loss, method) for loss, _ in alone)
+    assert ((grads(together, method) - gradient).norm() / gradient.norm()).item() < 1e-4
+
+
+def test_requests_without_anything_unrelated_have_no_locality_loss() -> None:
+    model = tiny("llama")
+    form = Formatter.of(model, byte_tokenizer())
+    drawn = [draw(example(0), (), form, SMALL, random.Random(0)) for _ in range(2)]
+    assert all(d.unrelated is None for d in drawn)
+    method = fitted("llama", model, form, drawn)
+    _, sums = outer_loss(method, model, form, Trunk(()), drawn, SMALL)
+    assert sums["locality_loss"].item() == sums["locality"].item() == 0
+
+
+def test_draws_mix_sources_forms_and_ends_as_configured() -> None:
+    form = Formatter.of(tiny("llama"), byte_tokenizer())
+    probes = ELSEWHERE.probes
+
+    def drawn(**settings: Any) -> list[Drawn]:
+        config, rng = TrainConfig(**settings), random.Random(0)
+        return [draw(example(i % 3 + 1), probes, form, config, rng) for i in range(90)]
+
+    def share(settings: dict[str, Any]) -> float:
+        own = {form.encode(p.prompt, p.answer) for i in (1, 2, 3) for p in example(i).unrelated}
+        return sum(d.unrelated in own for d in drawn(**settings)) / 90
+
+    assert (share({"own_locality": 0.0}), share({"own_locality": 1.0})) == (0, 1)
+    assert 0.35 < share({"own_locality": 0.5}) < 0.65
+    chats = [d.edit for d in drawn(chat_share=0.5) if form.decode(d.edit.prompt).startswith("[user]")]
+    assert 0.35 < len(chats) / 90 < 0.65
+    assert all(text.ended for text in chats)
+    assert [d.edit.ended for d in drawn()] == [example(i % 3 + 1).question for i in range(90)]
+    assert all(d.edit.ended for d in drawn(target_end="always"))
+    assert not any(d.rephrasing.ended for d in drawn(target_end="never", chat_share=1.0))
+    asked = {form.decode(d.rephrasing.prompt) for d in drawn()}
+    assert asked == {p for i in (1, 2, 3) for p in example(i).rephrasings}
+
+
+def trainer(folder: Path, config: TrainConfig = SMALL, method: Mend | None = None, **more: Any) -> Trainer:
+    run = training.Run(folder)
+    return Trainer(method or new_method(), tiny("llama"), byte_tokenizer(), DATA, more.get("valid"), [ELSEWHERE], config, run)
+
+
+def go(folder: Path, config: TrainConfig = SMALL, *, seed: int = 0, model: str = "llama", **more: Any) -> Mend:
+    method = new_method(model, seed)
+    options = {"locality": [ELSEWHERE], "about": {"note": "x"}, **more}
+    train(method, tiny(model), byte_tokenizer(), DATA, config, folder, **options)
+    return method
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert sorted(os.listdir(one)) == sorted(os.listdir(other))
+    assert (one / "run.json").read_bytes() == (other / "run.json").read_bytes()
+    for name in ("editor.safetensors", "checkpoint.safetensors"):
+        (tensors, metadata), (others, other_metadata) = read_tensors(one / name), read_tensors(other / name)
+        assert metadata == other_metadata
+        assert list(tensors) == list(others)
+        assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+    assert log(one) == log(other)
+
+
+@pytest.mark.parametrize("valid", [None, VALID])
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_stopped_run_resumed_equals_an_uninterrupted_one(stop: int, valid: Dataset | None, tmp_path: Path) -> None:
+    go(tmp_path / "whole", valid=valid)
+    seen: list[int] = []
+    options: dict[str, Any] = {"valid": valid, "callback": lambda progress: seen.append(progress.step)}
+    go(tmp_path / "parts", should_stop=lambda: seen[-1] == stop, **options)
+    assert seen == list(range(1, stop + 1))
+    assert len(log(tmp_path / "parts")) == stop
+    go(tmp_path / "parts", seed=99, resume=True, **options)
+    assert seen == list(range(1, 7))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> None:
+    go(tmp_path / "whole", valid=VALID)
+
+    def kill(progress: Any) -> None:
+        if progress.step == 5:
+            with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 6, "half')
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "parts", valid=VALID, callback=kill)
+    steps: list[int] = []
+    go(tmp_path / "parts", seed=99, valid=VALID, resume=True, callback=lambda progress: steps.append(progress.step))
+    assert steps == [5, 6]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_finished_run_resumed_is_left_as_it_is(tmp_path: Path) -> None:
+    go(tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    go(tmp_path / "a", resume=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_run_folder_holds_what_is_needed(tmp_path: Path) -> None:
+    method = go(tmp_path / "run", valid=None)
+    loaded, about = load_editor(tmp_path / "run")
+    for name, tensor in method.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert about["step"] == 6
+    assert (about["note"], about["training"]["steps"]) == ("x", 6)
+    assert about["data"] == [{"name": "records:0", "sha256": "0+11"}]
+    assert [row["step"] for row in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "success", "generality", "locality", "gradient_norm"} <= set(row) for row in log(tmp_path / "run"))
+
+
+def test_another_resume_or_an_existing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint"):
+        go(tmp_path / "run", resume=True)
+    go(tmp_path / "run", replace(SMALL, steps=2))
+    with pytest.raises(InputError, match="already exists"):
+        go(tmp_path / "run")
+    other = {"config": replace(SMALL, steps=2, edit_weight=0.2)}
+    for change in (other, {"locality": []}, {"valid": VALID}):
+        with pytest.raises(InputError, match="was trained with"):
+            go(tmp_path / "run", **{"config": replace(SMALL, steps=2), **change}, resume=True)
+    with pytest.raises(InputError, match="editor"):
+        train(
+            new_method(normalize=False), tiny("llama"), byte_tokenizer(), DATA, replace(SMALL, steps=2), tmp_path / "run",
+            locality=[ELSEWHERE], resume=True,
+        )  # fmt: skip
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(FormatError, match="checkpoint"):
+        go(tmp_path / "run", replace(SMALL, steps=2), resume=True)
+
+
+def test_too_few_requests_are_refused(tmp_path: Path) -> None:
+    config = replace(SMALL, batch_size=12, num_edits=12)
+    with pytest.raises(InputError, match="11 requests, fewer than num_edits 12"):
+        go(tmp_path / "run", config)
+    with pytest.raises(InputError, match="7 validation requests"):
+        go(tmp_path / "run", replace(SMALL, batch_size=8, num_edits=8), valid=VALID)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(tmp_path / "whole")
+    calls: list[int] = []
+
+    def broken(*args: Any) -> Any:
+        calls.append(1)
+        loss, sums = outer_loss(*args)
+        return (loss * float("nan"), {**sums, "loss": loss * float("nan")}) if len(calls) == 4 else (loss, sums)
+
+    monkeypatch.setattr(training, "outer_loss", broken)
+    with pytest.raises(NumericalError, match="step 4"):
+        go(tmp_path / "run")
+    assert len(log(tmp_path / "run")) == 3
+    load_editor(tmp_path / "run")[0].rates.isfinite().all()
+    go(tmp_path / "run", resume=True, seed=3)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_step_draws_by_seed_and_number_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def texts(config: TrainConfig, at: int, method: Mend) -> list[Drawn]:
+        found: list[Drawn] = []
+        monkeypatch.setattr(training, "outer_loss", lambda *args: found.extend(args[4]) or outer_loss(*args))
+        one = trainer(tmp_path, config, method)
+        one.step = at
+        one.train_step()
+        return found
+
+    torch.manual_seed(1)
+    random.seed(1)
+    third = texts(SMALL, 3, new_method())
+    torch.manual_seed(2)
+    random.seed(2)
+    assert texts(SMALL, 3, new_method(seed=5, normalize=False)) == third
+    assert texts(replace(SMALL, seed=1), 3, new_method()) != third
+    assert texts(SMALL, 5, new_method()) != third
+    assert len(third) == 4
+
+
+def test_an_epoch_shows_every_request_once_in_a_new_order(tmp_path: Path) -> None:
+    one = trainer(tmp_path, replace(SMALL, batch_size=3))
+    epochs = [[e for step in range(3 * n, 3 * n + 3) for e in one.batch(step)] for n in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == 9
+        assert set(epoch) <= set(DATA.examples)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert len(trainer(tmp_path, replace(SMALL, batch_size=64)).batch(0)) == 11
+    assert len(trainer(tmp_path, replace(SMALL, batch_size=64, num_edits=4)).batch(0)) == 8
+
+
+def test_a_step_is_adam_on_the_mean_loss_with_its_own_rates(tmp_path: Path) -> None:
+    config = replace(SMALL, steps=3, clip=0.01, learning_rate=1e-2, rates_learning_rate=1e-3, final_learning_rate=0.1)
+    one = trainer(tmp_path, config)
+    one.fit_normalizer()
+    twin = copy.deepcopy(one.method)
+    networks = [p for name, p in twin.named_parameters() if name != "rates"]
+    optimizer = torch.optim.Adam([{"params": networks}, {"params": [twin.rates]}])
+    for step, factor in enumerate((1.0, 0.55, 0.1)):  # 0.1 + 0.9 * (1 + cos(pi * step / 2)) / 2
+        drawn = one._drawn(one.batch(step), f"step/{step}")
+        loss, _ = outer_loss(twin, one.model, one.formatter, one.trunk, drawn, config)
+        for group, rate in zip(optimizer.param_groups, (1e-2, 1e-3), strict=True):
+            group["lr"] = rate * factor
+        parameters = [*networks, twin.rates]
+        for parameter, slope in zip(parameters, torch.autograd.grad(loss / len(drawn), parameters), strict=True):
+            parameter.grad = slope
+        norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+        assert norm > config.clip
+        for parameter in parameters:
+            parameter.grad *= min(1.0, 0.01 / norm.item())
+        optimizer.step()
+        metrics = one.train_step()
+        assert metrics["loss"].item() == pytest.approx(loss.item() / len(drawn), rel=1e-4)
+        assert metrics["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-3)
+        for (name, mine), its in zip(one.method.named_parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_normalizer_sees_the_first_requests_once(tmp_path: Path) -> None:
+    one = trainer(tmp_path, replace(SMALL, normalizer_examples=7))
+    one.fit_normalizer()
+    twin = new_method()
+    for d in one._drawn([*one.batch(0), *one.batch(1)][:7], "normalizer"):
+        twin.fit_normalizer(twin.gradient(one.model, one.formatter.batch([d.edit])))
+    for (name, mine), its in zip(one.method.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_validation_is_the_mean_over_whole_groups_and_always_the_same(tmp_path: Path) -> None:
+    config = replace(SMALL, num_edits=2)
+    one = trainer(tmp_path, config, valid=VALID)
+    one.fit_normalizer()
+    first = one.validate()
+    assert one.validate() == first
+    drawn = one._drawn(VALID.examples, "valid")[:6]
+    loss, sums = outer_loss(one.method, one.model, one.formatter, Trunk(()), drawn, config)
+    assert first["valid_loss"] == pytest.approx(loss.item() / 6, rel=1e-4)
+    assert first["valid_locality"] == pytest.approx(sums["locality"].item() / 6)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> None:
+    left = iter(losses)
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"valid_loss": next(left)})
+
+
+def test_the_editor_that_validates_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [3.0, 1.0, 2.0, 1.0])
+    states: list[Tensor] = []
+    method = new_method()
+    config = replace(SMALL, steps=4, valid_every=1)
+    train(
+        method, tiny("llama"), byte_tokenizer(), DATA, config, tmp_path / "run", valid=VALID,
+        callback=lambda progress: states.append(method.rates.detach().clone()),
+    )  # fmt: skip
+    loaded, about = load_editor(tmp_path / "run")
+    assert about["step"] == 2
+    assert torch.equal(loaded.rates, states[1])
+    assert not torch.equal(states[1], states[3])
+    assert [row.get("valid_loss") for row in log(tmp_path / "run")] == [3.0, 1.0, 2.0, 1.0]
+
+
+def test_training_stops_after_patience_steps_without_a_better_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [3.0, 2.0, 2.5, 2.5, 2.5, 2.5])
+    go(tmp_path / "run", replace(SMALL, steps=20, valid_every=2, patience=4), valid=VALID)
+    assert len(log(tmp_path / "run")) == 8
+
+
+def test_validation_comes_at_its_steps_and_at_the_last(tmp_path: Path) -> None:
+    go(tmp_path / "run", replace(SMALL, steps=5), valid=VALID)
+    assert [row["step"] for row in log(tmp_path / "run") if "valid_loss" in row] == [2, 4, 5]
+
+
+def _process(rank: int, port: int, folder: str) -> None:
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    go(Path(folder), replace(SMALL, num_edits=2), valid=VALID)
+
+
+@pytest.mark.slow
+def test_two_processes_reach_the_weights_of_one(tmp_path: Path) -> None:
+    one = go(tmp_path / "one", replace(SMALL, num_edits=2), valid=VALID)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_process, (port, str(tmp_path / "two")), nprocs=2, start_method="spawn")
+    two = new_method()
+    training.Run(tmp_path / "two").load_checkpoint(two, trainer(tmp_path, method=two).optimizer)
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    for mine, its in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert mine == pytest.approx(its, rel=1e-3, abs=1e-5)
