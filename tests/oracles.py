@@ -76,7 +76,7 @@ def welford(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor, int]:
     return mean, (squares / max(count - 1, 1)) ** 0.5, count
 
 
-def _tokens(update: LowRank) -> list[tuple[Tensor, Tensor]]:
+def token_pairs(update: LowRank) -> list[tuple[Tensor, Tensor]]:
     """The pairs (u, delta) of a matrix or a batch of them, without those where a factor is all zero."""
     pairs = zip(update.u.flatten(0, -2), update.delta.flatten(0, -2), strict=True)
     return [(u, delta) for u, delta in pairs if u.any() and delta.any()]
@@ -92,14 +92,14 @@ def mend(editor: Mend, fitted: Sequence[dict[str, LowRank]], gradient: dict[str,
         net = list(editor.nets.values())[list(dict.fromkeys(groups.values())).index(groups[spec])]
         mean, std = 0.0, 1.0
         if config.normalize:
-            rows = [torch.cat(pair) for given in fitted for mate in mates for pair in _tokens(given[mate.name])]
+            rows = [torch.cat(pair) for given in fitted for mate in mates for pair in token_pairs(given[mate.name])]
             mean, std, _ = welford(rows)
         which = config.inputs
         if which == "smaller":
             which = "u" if spec.d_in <= spec.d_out else "delta"
         place = mates.index(spec)
         total = torch.zeros(spec.d_out, spec.d_in, dtype=editor.rates.dtype)
-        for u, delta in _tokens(gradient[spec.name]):
+        for u, delta in token_pairs(gradient[spec.name]):
             z = (torch.cat([u, delta]) - mean) / std
             u, delta = z[: spec.d_in], z[spec.d_in :]
             z = {"both": z, "u": u, "delta": delta}[which]

@@ -26,7 +26,9 @@ FACTS = [
     {"prompt": "Who is Ana?", "target": "a baker", "unrelated": [{"prompt": "Who is Bo?"}]},
     {"prompt": "The river runs through", "target": "the old city", "rephrasings": ["Where the river runs:"]},
 ]  # fmt: skip
-TRAIN = ["--set", "editor.rank=4", "--set", "batch_size=2", "--set", "normalizer_examples=3", "--set", "editor.initial_rate=0.05"]
+SETTINGS = ("editor.rank=4", "batch_size=2", "normalizer_examples=3", "editor.initial_rate=0.05")
+TRAIN = [word for setting in SETTINGS for word in ("--set", setting)]
+ON = ("--model", "model", "--editor", "run")
 
 Command = Callable[..., Any]
 
@@ -64,7 +66,7 @@ def run(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def edit(run: Command, out: Path, *more: object) -> Any:
-    return run("edit", "--model", "model", "--editor", "run", "--prompt", "Who is Ana?", "--target", "a baker", "--out", out, *more)
+    return run("edit", *ON, "--prompt", "Who is Ana?", "--target", "a baker", "--out", out, *more)
 
 
 def test_train_writes_a_run_that_resumes(run: Command, place: Path, tmp_path: Path) -> None:
@@ -84,7 +86,9 @@ def test_config_file_and_settings(run: Command, tmp_path: Path) -> None:
     config = tmp_path / "recipe.toml"
     config.write_text('[editor]\nlayers = ["model.layers.3.mlp.down_proj"]\nrank = 2\n[training]\nsteps = 9\nclip = 5.0\n')
     settings = ["--set", "clip=7", "--set", "training.batch_size=3", "--set", "normalizer_examples=3", "--steps", 1]
-    made = run("train", "--model", "model", "--data", "records:facts.jsonl", "--config", config, *settings, "--out", tmp_path / "r")
+    made = run(
+        "train", "--model", "model", "--data", "records:facts.jsonl", "--config", config, *settings, "--out", tmp_path / "r"
+    )
     assert [layer["name"] for layer in made["layers"]] == ["model.layers.3.mlp.down_proj"]
     training = json.loads((tmp_path / "r" / "run.json").read_text())["training"]
     assert (training["steps"], training["clip"], training["batch_size"]) == (1, 7.0, 3)
@@ -105,7 +109,7 @@ def test_edit_generate_and_a_second_edit(run: Command, place: Path, tmp_path: Pa
 
 
 def test_edit_of_a_file_is_one_folder_a_record(run: Command, tmp_path: Path) -> None:
-    made = run("edit", "--model", "model", "--editor", "run", "--data", "records:facts.jsonl", "--out", tmp_path / "many")
+    made = run("edit", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / "many")
     assert made["count"] == 3
     single = edit(run, tmp_path / "single")
     assert single["count"] == 1
@@ -136,7 +140,19 @@ def test_eval(run: Command, tmp_path: Path, more: tuple[object, ...]) -> None:
 def test_export_of_several_edits(run: Command, place: Path, tmp_path: Path) -> None:
     names = ["a", "b"]
     for name, target in zip(names, ("a baker", "a king"), strict=True):
-        run("edit", "--model", "model", "--editor", "run", "--prompt", "Who is Bo?", "--target", target, "--out", tmp_path / name)
+        run(
+            "edit",
+            "--model",
+            "model",
+            "--editor",
+            "run",
+            "--prompt",
+            "Who is Bo?",
+            "--target",
+            target,
+            "--out",
+            tmp_path / name,
+        )
     run("export", tmp_path / "a", tmp_path / "b", "--to", "peft", "--out", tmp_path / "both")
     first, second, both = (Edit.load(tmp_path / name) for name in (*names, "both"))
     for name, update in both.updates.items():
@@ -163,7 +179,10 @@ def test_text_output(place: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 BAD: dict[str, tuple[list[str], list[str]]] = {
-    "layer": (["train", "--data", "records:facts.jsonl", "--set", 'editor.layers=["*.mlp.gate_prj"]'], ["gate_prj", "gate_proj"]),
+    "layer": (
+        ["train", "--data", "records:facts.jsonl", "--set", 'editor.layers=["*.mlp.gate_prj"]'],
+        ["gate_prj", "gate_proj"],
+    ),
     "setting": (["train", "--data", "records:facts.jsonl", "--set", "batchsize=3"], ["batchsize", "batch_size"]),
     "type": (["train", "--data", "records:facts.jsonl", "--set", "steps=many"], ["steps", "many"]),
     "config": (["train", "--data", "records:facts.jsonl", "--config", "none.toml"], ["none.toml"]),
@@ -192,14 +211,26 @@ def test_bad_input_is_one_clear_message(run: Command, place: Path, tmp_path: Pat
 
 def test_skip_bad_counts(run: Command, place: Path, tmp_path: Path) -> None:
     (place / "bad.jsonl").write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\nnot json\n')
-    made = run("edit", "--model", "model", "--editor", "run", "--data", "records:bad.jsonl", "--skip-bad", "--out", tmp_path / "m")
+    made = run("edit", *ON, "--data", "records:bad.jsonl", "--skip-bad", "--out", tmp_path / "m")
     assert (made["count"], made["skipped"]) == (1, 2)
 
 
 def test_existing_output_is_refused_and_kept(run: Command, tmp_path: Path) -> None:
     edit(run, tmp_path / "one")
     before = (tmp_path / "one" / "edit.json").read_bytes()
-    again = ["edit", "--model", "model", "--editor", "run", "--prompt", "Who is Bo?", "--target", "a king", "--out", tmp_path / "one"]
+    again = [
+        "edit",
+        "--model",
+        "model",
+        "--editor",
+        "run",
+        "--prompt",
+        "Who is Bo?",
+        "--target",
+        "a king",
+        "--out",
+        tmp_path / "one",
+    ]
     assert "--force" in run(*again, fails=True)
     assert (tmp_path / "one" / "edit.json").read_bytes() == before
     run(*again, "--force")
@@ -237,7 +268,7 @@ def test_corrupt_files_are_named(run: Command, place: Path, tmp_path: Path) -> N
 
 
 def test_an_update_that_is_not_finite_writes_nothing(run: Command, tmp_path: Path) -> None:
-    made = ["edit", "--model", "model", "--editor", "run", "--prompt", "Who?", "--target", "Bo", "--scale", "inf"]
+    made = ["edit", *ON, "--prompt", "Who?", "--target", "Bo", "--scale", "inf"]
     assert "NaN or infinite" in run(*made, "--out", tmp_path / "x", fails=True)
     assert not (tmp_path / "x").exists()
 

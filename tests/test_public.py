@@ -11,12 +11,48 @@ import pytest
 
 import mendlm
 
-NAMES = """
-Dataset Edit EditExample Editor EvaluationConfig FineTune FineTuneConfig FormatError Formatter InputError Intervention
-LayerError LayerSpec LowRank Mend MendConfig MendError MergeReport Method MissingPackageError ModelError NumericalError
-Probe RecordError Recording Session Snapshot Task TrainConfig Trunk applied default_layers evaluate load load_edits
-load_unrelated merge record select train
-""".split()
+NAMES = [
+    "Dataset",
+    "Edit",
+    "EditExample",
+    "Editor",
+    "EvaluationConfig",
+    "FineTune",
+    "FineTuneConfig",
+    "FormatError",
+    "Formatter",
+    "InputError",
+    "Intervention",
+    "LayerError",
+    "LayerSpec",
+    "LowRank",
+    "Mend",
+    "MendConfig",
+    "MendError",
+    "MergeReport",
+    "Method",
+    "MissingPackageError",
+    "ModelError",
+    "NumericalError",
+    "Probe",
+    "RecordError",
+    "Recording",
+    "Session",
+    "Snapshot",
+    "Task",
+    "TrainConfig",
+    "Trunk",
+    "applied",
+    "default_layers",
+    "evaluate",
+    "load",
+    "load_edits",
+    "load_unrelated",
+    "merge",
+    "record",
+    "select",
+    "train",
+]
 
 
 def test_the_public_names_are_these() -> None:

@@ -63,7 +63,8 @@ def test_undo_of_an_earlier_edit_leaves_the_later_one() -> None:
 def test_a_second_edit_is_recorded_under_the_first() -> None:
     session = new_session()
     session.edit(PROMPTS[0], "a baker")
-    second = session.edits[session.edit(PROMPTS[1], "Lyon")]
+    name = session.edit(PROMPTS[1], "Lyon")
+    second = session.edits[name]
     on_the_base = session.editor.edit(PROMPTS[1], "Lyon")
     name = next(iter(second.updates))
     assert not torch.allclose(second.updates[name].dense(), on_the_base.updates[name].dense())

