@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mendlm.checkpoint import load_editor, save_editor
+from mendlm.editor import editor_file
 from mendlm.files import read_json, sha256
 
 KEPT = ("count", "chat", "success", "generality", "locality", "success_generated", "generality_generated", "drawdown_ppl")
@@ -23,7 +24,7 @@ TARGET = Path(__file__).parent.parent / "src" / "mendlm" / "starter" / "editor.s
 
 def main(run: str, *summaries: str) -> None:
     """Write the shipped file."""
-    method, about = load_editor(Path(run))
+    method, about = load_editor(editor_file(run))
     quality: dict[str, Any] = {}
     for summary in map(Path, summaries):
         content = read_json(summary)

@@ -193,7 +193,8 @@ def test_an_edit_is_the_editor_s_transform_of_the_request_s_gradient() -> None:
             torch.testing.assert_close(update.dense(), expected.updates[name].dense())
     ended = edit.edit_many([EditExample(prompt="It is", target="so", question=True)])[0]
     assert torch.equal(
-        ended.updates[edit.method.specs[0].name].u, edit.edit("It is", "so", end=True).updates[edit.method.specs[0].name].u
+        ended.updates[edit.method.specs[0].name].u,
+        edit.edit("It is", "so", target_end="always").updates[edit.method.specs[0].name].u,
     )
     assert ended.rows == edit.edit("It is", "so").rows + 1
     assert edit.edit("It is", "so", chat=True).rows > ended.rows

@@ -133,7 +133,7 @@ def test_eval(run: Command, tmp_path: Path, more: tuple[object, ...]) -> None:
     summary = run("eval", "--model", "model", *editor, "--data", "records:facts.jsonl", "--out", tmp_path / "e", *source, *more)
     assert summary == json.loads((tmp_path / "e" / "summary.json").read_text())
     assert summary["count"] == len((tmp_path / "e" / "results.jsonl").read_text().splitlines()) == 3
-    assert summary["model"]["name"] == "model"
+    assert summary["model"] == "model"
     assert set(summary["success"]) == {"before", "after", "low", "high"}
 
 

@@ -65,7 +65,7 @@ def test_a_trained_editor_edits_facts_it_has_never_seen(tmp_path: Path) -> None:
     model, tokenizer = base_model(), byte_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        method = Mend(select(model, ["layers.1.mlp.*", "layers.2.mlp.*"]), MendConfig(rank=32, initial_rate=1e-2))
+        method = Mend(select(model, ["model.layers.[12].mlp.*"]), MendConfig(rank=32, initial_rate=1e-2))
     training, held_out = facts(range(48)), facts(range(48, 64))
     config = TrainConfig(
         steps=150, batch_size=48, learning_rate=3e-3, rates_learning_rate=1e-2, normalizer_examples=48, edit_weight=1.0,

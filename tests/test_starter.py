@@ -10,12 +10,12 @@ import torch
 import mendlm
 from mendlm.checkpoint import load_editor
 from mendlm.demo import demonstrate
-from mendlm.editor import starter_editor
+from mendlm.editor import editor_file
 from mendlm.files import read_tensors
 
 
 def test_the_shipped_editor_says_where_it_is_from() -> None:
-    path = starter_editor()
+    path = editor_file("starter")
     assert path.stat().st_size <= 10 * 2**20
     tensors, metadata = read_tensors(path)
     assert all(tensor.dtype == torch.bfloat16 for name, tensor in tensors.items() if name.startswith("nets."))
@@ -62,6 +62,6 @@ def test_edits_of_unseen_facts_hold(starter: mendlm.Editor) -> None:
 
 @pytest.mark.slow
 def test_the_shipped_file_is_the_editor_that_is_loaded(starter: mendlm.Editor) -> None:
-    method, _ = load_editor(starter_editor())
+    method, _ = load_editor(editor_file("starter"))
     for (name, loaded), stored in zip(starter.method.state_dict().items(), method.state_dict().values(), strict=True):
         assert torch.equal(loaded, stored), name

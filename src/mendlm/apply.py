@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from mendlm import adapter
-from mendlm.errors import InputError, LayerError, NumericalError
+from mendlm.errors import FormatError, InputError, LayerError, NumericalError
 from mendlm.layers import LayerSpec, spec_of
 from mendlm.lowrank import LowRank, concatenate
+from mendlm.models import identity
 
 
 class Intervention(Protocol):
@@ -118,10 +119,26 @@ class Edit:
         adapter.write(Path(folder), self.updates, self.transposed, self.about, force=force)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Edit:
-        """Read a folder written by `save`, exactly as it was. Raises `FormatError` for a corrupt one."""
-        updates, transposed, about = adapter.read(Path(folder))
-        return cls(updates, transposed, about)
+    def load(cls, folder: str | Path, model: nn.Module | None = None, *, force: bool = False) -> Edit:
+        """Read a folder written by `save`, exactly as it was; with a model, onto its device.
+
+        Raises `FormatError` for a corrupt one, and for one made for another base than `model` unless `force`.
+        """
+        edit = cls(*adapter.read(Path(folder)))
+        if model is None:
+            return edit
+        if not force:
+            edit.require_base(model)
+        return edit.to(next(model.parameters()).device)
+
+    def require_base(self, model: nn.Module) -> None:
+        """Raise `FormatError` if the edit says that it was made for another base model."""
+        base = self.about.get("base") or {}
+        if base.get("sha256") and base["sha256"] != identity(model):
+            raise FormatError(
+                f"the edit was made for another base model ({base.get('name')}, sha256 {base['sha256'][:12]}...), "
+                f"not for this one ({identity(model)[:12]}...); load that model, or force it"
+            )
 
 
 def stacked(edits: Sequence[Edit]) -> Edit:

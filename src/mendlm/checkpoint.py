@@ -57,9 +57,14 @@ def save_editor(path: Path, method: Mend, about: Mapping[str, Any], dtype: torch
     write_tensors(path, tensors, {"format": FORMAT, "editor": json.dumps(content)})
 
 
+def editor_path(path: Path) -> Path:
+    """An editor's file: a run folder's, or the file itself."""
+    return path / "editor.safetensors" if path.is_dir() else path
+
+
 def load_editor(path: Path) -> tuple[Mend, dict[str, Any]]:
     """Read an editor file, or a run folder's, in float32: the method and what is said about it."""
-    path = path / "editor.safetensors" if path.is_dir() else path
+    path = editor_path(path)
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise FormatError(f"{path} is not an editor of format {FORMAT}; train one with `mendlm train`")

@@ -14,6 +14,7 @@ from mendlm.text import Formatter
 
 PROMPT, TARGET = "The capital of France is", " Lyon"
 REPHRASINGS = ("France's capital city is", "The seat of the French government is the city of")
+OPENINGS = ("Here is a short fact.", "Please complete this text.")
 NEIGHBOURS = ("The capital of Germany is", "The capital of Italy is")
 UNRELATED = "Water is made of hydrogen and"
 
@@ -42,12 +43,11 @@ class Demonstration:
 
 
 def demonstrate(editor: Editor, tokenizer: Any, prompt: str = PROMPT, target: str = TARGET) -> Demonstration:
-    """Make one edit and ask around it. A prompt of the user's own has no rephrasings or neighbours to ask."""
-    asked = [("prompt", prompt)]
-    if prompt == PROMPT:
-        asked += [("rephrasing", p) for p in REPHRASINGS] + [("neighbour", p) for p in NEIGHBOURS]
-    else:
-        asked += [("neighbour", PROMPT), ("neighbour", NEIGHBOURS[0])]
+    """Make one edit and ask around it. A prompt of the user's own is rephrased by what can stand before any prompt."""
+    known = prompt == PROMPT
+    rephrasings = REPHRASINGS if known else tuple(f"{opening} {prompt}" for opening in OPENINGS)
+    neighbours = NEIGHBOURS if known else (PROMPT, NEIGHBOURS[0])
+    asked = [("prompt", prompt), *(("rephrasing", p) for p in rephrasings), *(("neighbour", p) for p in neighbours)]
     asked.append(("unrelated", UNRELATED))
     model, formatter = editor.model, Formatter.of(editor.model, tokenizer)
     texts = [formatter.encode(p, None) for _, p in asked]

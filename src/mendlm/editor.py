@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mendlm.apply import Edit
-from mendlm.checkpoint import load_editor
+from mendlm.checkpoint import editor_path, load_editor
 from mendlm.errors import FormatError
+from mendlm.files import sha256
 from mendlm.methods.mend import Mend
 from mendlm.models import STARTER, identity
 from mendlm.tasks import EditExample
-from mendlm.text import Formatter, by_length
+from mendlm.tasks.base import is_question
+from mendlm.text import Formatter, TargetEnd, by_length, target_ends
 
 
 class Editor:
@@ -25,6 +28,11 @@ class Editor:
         self.method = method.to(model.device).eval()
         self.model, self.formatter, self.about = model, Formatter.of(model, tokenizer), about or {}
 
+    @functools.cached_property
+    def base(self) -> dict[str, Any]:
+        """What edits say about the model they are for."""
+        return base_of(self.model)
+
     @classmethod
     def load(cls, source: str | Path, model: Any, tokenizer: Any, *, force: bool = False) -> Editor:
         """The starter editor ("starter"), or a run folder's or file's, for a loaded model.
@@ -32,7 +40,8 @@ class Editor:
         Raises `LayerError` if the model's layers do not fit, and `FormatError` if the editor was trained on another base
         model (unless `force`) or its file is damaged.
         """
-        method, about = load_editor(starter_editor() if str(source) == STARTER else Path(source))
+        path = editor_file(source)
+        method, about = load_editor(path)
         trained_on = about.get("base", {}).get("sha256")
         method.require_fit(model)
         if trained_on and not force and trained_on != identity(model):
@@ -40,17 +49,15 @@ class Editor:
                 f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
                 f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
             )
-        return cls(method, model, tokenizer, {**about, "source": str(source)})
+        return cls(method, model, tokenizer, {**about, "source": Path(source).name, "sha256": sha256(path)})
 
-    def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False, end: bool | None = None) -> Edit:
+    def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False, target_end: TargetEnd = "auto") -> Edit:
         """The edit that makes the model answer `target` to `prompt`, recorded on the model as it runs now.
 
-        `scale` multiplies the edit; `chat` poses the prompt as a user's turn; `end` says whether the answer ends after the
-        target (default: for questions and chat turns). Raises `InputError` for text that cannot be used, and
-        `NumericalError` if the edit is not finite.
+        `scale` multiplies the edit; `chat` poses the prompt as a user's turn; `target_end` says whether the answer ends
+        after the target. Raises `InputError` for text that cannot be used, and `NumericalError` if the edit is not finite.
         """
-        example = EditExample(prompt=prompt, target=target, question=prompt.rstrip().endswith("?"))
-        return self.edit_many([example], scale=scale, chat=chat, end=end)[0]
+        return self.edit_many([(prompt, target)], scale=scale, chat=chat, target_end=target_end)[0]
 
     def edit_many(
         self,
@@ -58,16 +65,16 @@ class Editor:
         *,
         scale: float = 1.0,
         chat: bool = False,
-        end: bool | None = None,
+        target_end: TargetEnd = "auto",
         batch_size: int = 32,
     ) -> list[Edit]:
         """Independent edits, one a request, made in batches: requests are `EditExample`s or (prompt, target) pairs."""
         examples = [
-            r if isinstance(r, EditExample) else EditExample(prompt=r[0], target=r[1], question=r[0].rstrip().endswith("?"))
+            r if isinstance(r, EditExample) else EditExample(prompt=r[0], target=r[1], question=is_question(r[0]))
             for r in requests
         ]
         texts = [
-            self.formatter.encode(e.prompt, e.target, chat=chat, end=(e.question or chat) if end is None else end)
+            self.formatter.encode(e.prompt, e.target, chat=chat, end=target_ends(target_end, question=e.question, chat=chat))
             for e in examples
         ]
         edits: list[Edit | None] = [None] * len(examples)
@@ -80,7 +87,7 @@ class Editor:
     def _about(self, example: EditExample, scale: float, chat: bool) -> dict[str, Any]:
         return {
             "request": {"prompt": example.prompt, "target": example.target, "chat": chat, "scale": scale},
-            "base": base_of(self.model),
+            "base": self.base,
             "editor": {key: self.about[key] for key in ("source", "step", "sha256") if key in self.about},
             "stack": [],
         }
@@ -93,18 +100,10 @@ def base_of(model: Any) -> dict[str, Any]:
     return {"name": Path(name).name if Path(name).is_dir() else name, "sha256": identity(model), "dtype": dtype}
 
 
-def require_base(edit: Edit, model: Any) -> None:
-    """Raise `FormatError` if an edit was made for another base model."""
-    base = edit.about.get("base") or {}
-    if base.get("sha256") and base["sha256"] != identity(model):
-        raise FormatError(
-            f"the edit was made for another base model ({base.get('name')}, sha256 {base['sha256'][:12]}...), "
-            f"not for this one ({identity(model)[:12]}...); load that model, or force it"
-        )
-
-
-def starter_editor() -> Path:
-    """The editor file that is shipped for the starter model."""
+def editor_file(source: str | Path) -> Path:
+    """The file of an editor by name: the shipped one for "starter", else a run folder's or the file itself."""
+    if str(source) != STARTER:
+        return editor_path(Path(source))
     path = Path(str(importlib.resources.files("mendlm"))) / "starter" / "editor.safetensors"
     if not path.is_file():
         raise FormatError("this installation of mendlm lacks the starter editor; install it again")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from mendlm.losses import all_by_row, token_nll
 from mendlm.methods.base import Method
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
-from mendlm.text import NO_LABEL, Encoded, Formatter, by_length, scored_logits
+from mendlm.text import NO_LABEL, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
 
 FORMAT = "mendlm-summary-1"
 GREEDY_TOKENS = 5
@@ -46,7 +46,7 @@ class EvaluationConfig:
     """Make a group's edits one after another, each on the model that the earlier ones left; else at once, summed."""
     chat: bool = False
     """Pose every prompt as a chat turn."""
-    target_end: Literal["auto", "always", "never"] = "auto"
+    target_end: TargetEnd = "auto"
     """Whether targets end with the end-of-answer token: `auto` does so for question tasks and in chat turns."""
     scale: float = 1.0
     """Strength of the edits."""
@@ -105,8 +105,8 @@ class Evaluator:
 
     def encode(self, example: EditExample, prompt: str) -> Encoded:
         """A prompt with the example's target, in the form that the configuration asks for."""
-        mode, chat = self.config.target_end, self.config.chat
-        end = mode == "always" or (mode == "auto" and (example.question or chat))
+        chat = self.config.chat
+        end = target_ends(self.config.target_end, question=example.question, chat=chat)
         return self.formatter.encode(prompt, example.target, chat=chat, end=end)
 
     def edit(self, examples: Sequence[EditExample]) -> Edit:

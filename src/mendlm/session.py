@@ -9,7 +9,7 @@ from typing import Any
 
 from mendlm.adapter import fingerprint
 from mendlm.apply import Edit, applied, stacked
-from mendlm.editor import Editor, require_base
+from mendlm.editor import Editor
 from mendlm.errors import InputError
 from mendlm.models import STARTER, load
 from mendlm.text import Formatter
@@ -55,7 +55,7 @@ class Session:
     def add(self, edit: Edit, *, force: bool = False) -> str:
         """Put an edit on the stack; returns its id. One made for another base is refused unless `force`."""
         if not force:
-            require_base(edit, self.model)
+            edit.require_base(self.model)
         with applied(self.model, edit):  # raises if the model lacks its layers
             pass
         name = fingerprint(edit.updates)

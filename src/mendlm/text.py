@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mendlm.errors import InputError, ModelError
 
 Family = Literal["causal", "encoder-decoder", "classifier"]
+TargetEnd = Literal["auto", "always", "never"]
 NO_LABEL = -100
 """The label of a position that has logits but no wanted token: the end of a prompt without an answer."""
 
@@ -111,7 +112,7 @@ class Formatter:
         ended = target is not None and (end or self.family == "encoder-decoder")
         if ended:
             if self.tokenizer.eos_token_id is None:
-                raise InputError("the tokenizer has no end-of-sequence token to end the target with; set target_end='none'")
+                raise InputError("the tokenizer has no end-of-sequence token to end the target with; set target_end to never")
             answer.append(self.tokenizer.eos_token_id)
         parts = [ids, answer] if self.family == "encoder-decoder" else [ids + answer]
         for part in parts:
@@ -216,6 +217,11 @@ class Formatter:
     def decode(self, tokens: Sequence[int]) -> str:
         """Token ids as text."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def target_ends(mode: TargetEnd, *, question: bool, chat: bool) -> bool:
+    """Whether a target ends with the end-of-answer token: `auto` does so for questions and in chat turns."""
+    return mode == "always" or (mode == "auto" and (question or chat))
 
 
 def scored_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "scored vocab"]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from mendlm.methods.mend import Mend
 from mendlm.recording import record
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
-from mendlm.text import Batch, Encoded, Formatter, by_length, scored_logits
+from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class TrainConfig:
     """Share of locality texts taken from the record's own neighbours, where it has any and other sources are given."""
     chat_share: float = 0.0
     """Share of texts posed as chat turns, for instruct models."""
-    target_end: Literal["auto", "always", "never"] = "auto"
+    target_end: TargetEnd = "auto"
     """Whether targets end with the end-of-answer token: `auto` does so for question tasks and in chat turns."""
     normalizer_examples: int = 512
     """Training requests that the normaliser's statistics are fitted on before the first step."""
@@ -120,11 +120,6 @@ class Progress:
     metrics: Mapping[str, float]
 
 
-def target_ends(config: TrainConfig, example: EditExample, chat: bool) -> bool:
-    """Whether this example's target ends with the end-of-answer token."""
-    return config.target_end == "always" or (config.target_end == "auto" and (example.question or chat))
-
-
 def draw(
     example: EditExample, sources: Sequence[Probe], formatter: Formatter, config: TrainConfig, rng: random.Random
 ) -> Drawn:
@@ -132,7 +127,8 @@ def draw(
 
     def wanted(prompt: str) -> Encoded:
         chat = rng.random() < config.chat_share
-        return formatter.encode(prompt, example.target, chat=chat, end=target_ends(config, example, chat))
+        end = target_ends(config.target_end, question=example.question, chat=chat)
+        return formatter.encode(prompt, example.target, chat=chat, end=end)
 
     edit = wanted(example.prompt)
     rephrasing = wanted(rng.choice(example.rephrasings or (example.prompt,)))
@@ -210,7 +206,9 @@ class Trainer:
         config: TrainConfig,
         run: Run,
     ) -> None:
-        self.accelerator = require("accelerate", "train").Accelerator(cpu=model.device.type == "cpu", log_with=config.tracker)
+        self.accelerator = require("accelerate", "train").Accelerator(
+            cpu=model.device.type == "cpu", log_with=config.tracker, project_dir=str(run.folder)
+        )
         self.method, self.model, self.config, self.run = method, model, config, run
         self.data, self.valid = data.examples, valid.examples[: config.valid_examples] if valid else ()
         self.sources = [probe for source in locality for probe in source.probes]

@@ -66,6 +66,9 @@ def edit(
     data: Annotated[str | None, typer.Option("--data", help="TASK:PATH of requests, instead of one.")] = None,
     scale: Annotated[float, typer.Option("--scale", help="Strength of the edit.")] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", help="Pose the prompt as a chat turn.")] = False,
+    target_end: Annotated[
+        Literal["auto", "always", "never"], typer.Option("--target-end", help="Whether the answer ends after the target.")
+    ] = "auto",
     force: common.Force = False,
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
@@ -92,9 +95,9 @@ def edit(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
     opened = common.open_editor(editor, model, loaded, tokenizer, force=force)
+    how: dict[str, Any] = {"scale": scale, "chat": chat, "target_end": target_end}
     if data is None:
-        made = opened.edit_many(requests, scale=scale, chat=chat)
-        made[0].save(out, force=force)
+        opened.edit_many(requests, **how)[0].save(out, force=force)
         folders = [out]
     else:
         with new_folder(out, force=force) as temporary, common.bar() as progress:
@@ -102,7 +105,7 @@ def edit(
             task = progress.add_task("editing", total=len(requests), detail="")
             for start in range(0, len(requests), 256):
                 some: list[EditExample] = requests[start : start + 256]
-                for name, one in zip(names[start:], opened.edit_many(some, scale=scale, chat=chat), strict=False):
+                for name, one in zip(names[start:], opened.edit_many(some, **how), strict=False):
                     one.save(temporary / name)
                     progress.advance(task)
         folders = [out / name for name in names]
@@ -127,15 +130,15 @@ def generate(
 ) -> None:
     """Answer a prompt greedily, with edits applied as overlay."""
     from mendlm.apply import Edit
+    from mendlm.session import Session
 
-    opened = [Edit.load(folder) for folder in edits or ()]
+    for folder in edits or ():
+        Edit.load(folder)  # a bad one is said before the model is loaded
     loaded, tokenizer = common.open_model(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
-    from mendlm.session import Session
-
     session = Session(loaded, tokenizer)
-    names = [session.add(one.to(loaded.device), force=force) for one in opened]
+    names = [session.add(Edit.load(folder, loaded, force=force), force=force) for folder in edits or ()]
     answer = session.answer(prompt, chat=chat, max_new_tokens=max_new_tokens)
     common.emit(json_output, {"prompt": prompt, "chat": chat, "edits": names, "answer": answer}, answer.strip())
 

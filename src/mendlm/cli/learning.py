@@ -191,7 +191,9 @@ def evaluate(
     loaded, tokenizer = common.open_model(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
-    about: dict[str, Any] = {"model": base_of(loaded), "command": command_line(sys.argv)}
+    base = base_of(loaded)
+    about: dict[str, Any] = {"model": base["name"], "model_sha256": base["sha256"], "dtype": base["dtype"]}
+    about["command"] = command_line(sys.argv)
     if method == "ft":
         specs = select(loaded, tuning_config.layers) if tuning_config.layers else default_layers(loaded)
         chosen: Any = FineTune(specs, tuning_config)

@@ -182,6 +182,11 @@ class Task(ABC):
         return Dataset(f"{self.name}:{path.name}", digest, tuple(examples), tuple(probes), skipped, self.prose)
 
 
+def is_question(prompt: str) -> bool:
+    """Whether a prompt asks for a whole answer, rather than to be continued: it ends with a question mark."""
+    return prompt.rstrip().endswith("?")
+
+
 def is_text(value: str) -> bool:
     """Whether a string is valid Unicode text: JSON escapes can spell half of a surrogate pair."""
     return not any("\ud800" <= character <= "\udfff" for character in value)

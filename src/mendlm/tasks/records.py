@@ -9,7 +9,7 @@ any other prompt is continued by it.
 
 from __future__ import annotations
 
-from mendlm.tasks.base import EditExample, Fields, Task
+from mendlm.tasks.base import EditExample, Fields, Task, is_question
 
 
 class Records(Task):
@@ -31,5 +31,5 @@ class Records(Task):
             unrelated=fields.probes("unrelated"),
             portability=fields.probes("portability", answered=True),
             subject=fields.optional("subject"),
-            question=prompt.rstrip().endswith("?"),
+            question=is_question(prompt),
         )
