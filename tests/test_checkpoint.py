@@ -13,7 +13,7 @@ from cases import byte_tokenizer, inputs, tiny
 from mendlm import files
 from mendlm.apply import applied
 from mendlm.checkpoint import load_editor, parse_config, save_editor
-from mendlm.editor import Editor, base_of, require_base
+from mendlm.editor import Editor, base_of
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
 from mendlm.layers import default_layers
 from mendlm.methods.finetune import FineTuneConfig
@@ -154,9 +154,9 @@ def test_an_editor_of_another_base_is_refused_unless_forced(tmp_path: Path) -> N
         Editor.load(folder, other, tokenizer)
     Editor.load(folder, other, tokenizer, force=True)
     edit = Editor.load(folder, model, tokenizer).edit(*FACTS[0])
-    require_base(edit, model)
+    edit.require_base(model)
     with pytest.raises(FormatError, match="another base model"):
-        require_base(edit, other)
+        edit.require_base(other)
 
 
 @pytest.mark.parametrize("force", [False, True])

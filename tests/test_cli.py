@@ -78,7 +78,7 @@ def test_train_writes_a_run_that_resumes(run: Command, place: Path, tmp_path: Pa
     assert parts["metrics"]["step"] == whole["metrics"]["step"] == 4
     assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 4
     description = json.loads((tmp_path / "parts" / "run.json").read_text())
-    assert description["resumed"] == [{"step": 2, "steps_before": 2, "steps": 4}]
+    assert description["resumed"] == [{"step": 2, "changed": {"steps": [2, 4]}}]
     assert str(place) not in json.dumps(description)
 
 

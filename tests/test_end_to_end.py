@@ -53,7 +53,7 @@ def base_model() -> Any:
         form = Formatter.of(model, byte_tokenizer())
         batch = form.batch([form.encode(prompt, HOMES[name]) for name in NAMES for prompt in ask(name)])
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-        for _ in range(120):
+        for _ in range(80):
             loss = torch.nn.functional.cross_entropy(scored_logits(model, batch), batch.label)
             optimizer.zero_grad()
             loss.backward()
@@ -68,7 +68,7 @@ def test_a_trained_editor_edits_facts_it_has_never_seen(tmp_path: Path) -> None:
         method = Mend(select(model, ["model.layers.[12].mlp.*"]), MendConfig(rank=32, initial_rate=1e-2))
     training, held_out = facts(range(48)), facts(range(48, 64))
     config = TrainConfig(
-        steps=150, batch_size=48, learning_rate=3e-3, rates_learning_rate=1e-2, normalizer_examples=48, edit_weight=1.0,
+        steps=50, batch_size=48, learning_rate=3e-3, rates_learning_rate=1e-2, normalizer_examples=48, edit_weight=1.0,
         checkpoint_every=1000, valid_every=1000,
     )  # fmt: skip
     scoring = EvaluationConfig(generate=False, timed_edits=1)
@@ -79,10 +79,9 @@ def test_a_trained_editor_edits_facts_it_has_never_seen(tmp_path: Path) -> None:
     run = train(method, model, tokenizer, training, config, tmp_path / "run")
     editor = Editor.load(run.folder, model, tokenizer)
     after = score(editor.method)
-    print({key: after[key] for key in ("success", "generality", "locality", "drawdown_acc")})
     assert after["success"]["before"] == 0
     assert after["success"]["after"] > 0.8
-    assert after["generality"]["after"] > 0.6
+    assert after["generality"]["after"] > 0.8
     assert after["locality"]["after"] > 0.6
 
     one = held_out.examples[0]

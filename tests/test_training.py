@@ -309,8 +309,7 @@ def test_another_resume_or_an_existing_folder_is_refused(tmp_path: Path) -> None
     go(tmp_path / "run", replace(SMALL, steps=2))
     with pytest.raises(InputError, match="already exists"):
         go(tmp_path / "run")
-    other = {"config": replace(SMALL, steps=2, edit_weight=0.2)}
-    for change in (other, {"locality": []}, {"valid": VALID}):
+    for change in ({"locality": []}, {"valid": VALID}):
         with pytest.raises(InputError, match="was trained with"):
             go(tmp_path / "run", **{"config": replace(SMALL, steps=2), **change}, resume=True)
     with pytest.raises(InputError, match="editor"):
@@ -322,6 +321,15 @@ def test_another_resume_or_an_existing_folder_is_refused(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(FormatError, match="checkpoint"):
         go(tmp_path / "run", replace(SMALL, steps=2), resume=True)
+
+
+def test_changed_settings_of_a_resumed_run_are_written_down(tmp_path: Path) -> None:
+    run = go(tmp_path / "run", replace(SMALL, steps=2))
+    go(tmp_path / "run", replace(SMALL, steps=4, edit_weight=0.2), resume=True)
+    assert run.description["resumed"] == [{"step": 2, "changed": {"steps": [2, 4], "edit_weight": [0.1, 0.2]}}]
+    assert run.description["training"]["edit_weight"] == 0.2
+    go(tmp_path / "run", replace(SMALL, steps=4, edit_weight=0.2), resume=True)
+    assert len(run.description["resumed"]) == 1
 
 
 def test_too_few_requests_are_refused(tmp_path: Path) -> None:
@@ -346,7 +354,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path, mo
     with pytest.raises(NumericalError, match="step 4"):
         go(tmp_path / "run")
     assert len(log(tmp_path / "run")) == 3
-    load_editor(tmp_path / "run")[0].rates.isfinite().all()
+    assert load_editor(tmp_path / "run")[0].rates.isfinite().all()
     go(tmp_path / "run", resume=True, seed=3)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 

@@ -109,24 +109,23 @@ class Run:
         return content
 
     def continue_with(self, wanted: Mapping[str, Any]) -> None:
-        """Check that a resumed run has the settings and data that it was started with; raises `InputError` if not.
+        """Check that a resumed run has the editor and data that it was started with; raises `InputError` if not.
 
-        Only `steps` may differ: the run is made longer or shorter, and its description says so.
+        Training settings may differ; the description then says from which step on.
         """
         if not (self.folder / "checkpoint.safetensors").is_file():
             raise InputError(f"{self.folder} holds no checkpoint to resume; start the run without --resume")
         stored = self.description
-        wanted = json.loads(json.dumps(wanted))
-        steps = wanted["training"]["steps"]
-        if stored["training"]["steps"] != steps:
-            resumed = {"step": self.last_metrics()["step"], "steps_before": stored["training"]["steps"], "steps": steps}
-            stored["resumed"] = [*stored.get("resumed", []), resumed]
-            stored["training"]["steps"] = steps
-        for key, value in wanted.items():
-            if stored.get(key) != value:
+        for key, value in json.loads(json.dumps(wanted)).items():
+            if key == "training":
+                changed = {name: [stored[key].get(name), new] for name, new in value.items() if stored[key].get(name) != new}
+                if changed:
+                    change = {"step": self.last_metrics()["step"], "changed": changed}
+                    stored |= {key: value, "resumed": [*stored.get("resumed", []), change]}
+            elif stored.get(key) != value:
                 raise InputError(
                     f"{self.folder} was trained with {key} = {stored.get(key)}, now {value} is asked; "
-                    "resume with the same settings, or start a new run in another folder"
+                    "resume with the same, or start a new run in another folder"
                 )
         write_json(self.folder / "run.json", stored)
 
