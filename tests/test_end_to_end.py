@@ -53,7 +53,7 @@ def base_model() -> Any:
         form = Formatter.of(model, byte_tokenizer())
         batch = form.batch([form.encode(prompt, HOMES[name]) for name in NAMES for prompt in ask(name)])
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-        for _ in range(80):
+        for _ in range(60):
             loss = torch.nn.functional.cross_entropy(scored_logits(model, batch), batch.label)
             optimizer.zero_grad()
             loss.backward()
@@ -68,7 +68,7 @@ def test_a_trained_editor_edits_facts_it_has_never_seen(tmp_path: Path) -> None:
         method = Mend(select(model, ["model.layers.[12].mlp.*"]), MendConfig(rank=32, initial_rate=1e-2))
     training, held_out = facts(range(48)), facts(range(48, 64))
     config = TrainConfig(
-        steps=50, batch_size=48, learning_rate=3e-3, rates_learning_rate=1e-2, normalizer_examples=48, edit_weight=1.0,
+        steps=30, batch_size=48, learning_rate=3e-3, rates_learning_rate=1e-2, normalizer_examples=48, edit_weight=1.0,
         checkpoint_every=1000, valid_every=1000,
     )  # fmt: skip
     scoring = EvaluationConfig(generate=False, timed_edits=1)

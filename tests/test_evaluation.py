@@ -135,12 +135,10 @@ def mean(values: list[Any]) -> float:
     [
         ("llama", "mend", {}),
         ("gpt2", "mend", {"num_edits": 2}),
-        ("gpt2", "mend", {"num_edits": 3, "sequential": True}),
-        ("llama", "mend", {"sequential": True}),
+        ("gpt2", "mend", {"sequential": True}),
         ("t5", "mend", {}),
         ("bart", "mend", {"num_edits": 2}),
         ("llama", "ft", {}),
-        ("gpt2", "ft", {"num_edits": 2}),
         ("gpt2", "ft", {"num_edits": 2, "sequential": True}),
     ],
 )
@@ -224,7 +222,7 @@ def test_adapter_bytes_are_those_of_a_saved_edit(tmp_path: Path) -> None:
         method.edit(tiny("llama"), batch)[0].trimmed().save(tmp_path / one.prompt)
         tensors, _ = files.read_tensors(tmp_path / one.prompt / "adapter_model.safetensors")
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
-    assert run(method).summary["adapter_bytes"] == max(sizes)
+    assert run(method, config=replace(CONFIG, generate=False)).summary["adapter_bytes"] == max(sizes)
 
 
 def test_what_is_missing_is_none_not_zero() -> None:
@@ -246,11 +244,11 @@ def test_a_target_that_the_model_gives_already_is_counted_apart() -> None:
     edit = evaluator.edit(given)
     known = Encoded(prompt.prompt, (token,))
     assert evaluator.score([(0, known)], edit)[0].right[0] is True
-    rows = run(method, data=replace(DATA, examples=tuple(given))).rows
+    quick = replace(CONFIG, generate=False)
+    rows = run(method, data=replace(DATA, examples=tuple(given)), config=quick).rows
     assert [row["success"][0] for row in rows] == [False, False]
-    summary = run(method).summary
-    already = sum(row["success"][0] for row in run(method).rows)
-    assert summary["already_given"] == already
+    results = run(method, config=quick)
+    assert results.summary["already_given"] == sum(row["success"][0] for row in results.rows)
 
 
 def test_the_scale_multiplies_every_edit() -> None:
@@ -261,7 +259,7 @@ def test_the_scale_multiplies_every_edit() -> None:
     whole, half = (evaluator.edit(EXAMPLES) for evaluator in evaluators)
     for name, update in whole.updates.items():
         torch.testing.assert_close(half.updates[name].dense(), 0.5 * update.dense())
-    rows = run(method, config=replace(CONFIG, scale=0.0)).rows
+    rows = run(method, config=replace(CONFIG, scale=0.0, generate=False)).rows
     assert all(row["success"][0] == row["success"][1] for row in rows)
     assert all(p["kept"] for row in rows for p in row["locality"])
 

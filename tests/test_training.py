@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from cases import byte_tokenizer, tiny
 from mendlm import training
-from mendlm.checkpoint import load_editor
+from mendlm.checkpoint import Run, load_editor
 from mendlm.errors import FormatError, InputError, NumericalError
 from mendlm.files import read_tensors
 from mendlm.layers import default_layers
@@ -253,10 +253,21 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert log(one) == log(other)
 
 
-@pytest.mark.parametrize("valid", [None, VALID])
-@pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_stopped_run_resumed_equals_an_uninterrupted_one(stop: int, valid: Dataset | None, tmp_path: Path) -> None:
-    go(tmp_path / "whole", valid=valid)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run without validation."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    go(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("stop", "valid"), [(1, None), (3, VALID), (4, None)])
+def test_a_stopped_run_resumed_equals_an_uninterrupted_one(
+    stop: int, valid: Dataset | None, tmp_path: Path, whole: Path
+) -> None:
+    if valid:
+        whole = tmp_path / "whole"
+        go(whole, valid=valid)
     seen: list[int] = []
     options: dict[str, Any] = {"valid": valid, "callback": lambda progress: seen.append(progress.step)}
     go(tmp_path / "parts", should_stop=lambda: seen[-1] == stop, **options)
@@ -264,12 +275,10 @@ def test_a_stopped_run_resumed_equals_an_uninterrupted_one(stop: int, valid: Dat
     assert len(log(tmp_path / "parts")) == stop
     go(tmp_path / "parts", seed=99, resume=True, **options)
     assert seen == list(range(1, 7))
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(whole, tmp_path / "parts")
 
 
-def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> None:
-    go(tmp_path / "whole", valid=VALID)
-
+def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path, whole: Path) -> None:
     def kill(progress: Any) -> None:
         if progress.step == 5:
             with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
@@ -277,11 +286,11 @@ def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path) -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "parts", valid=VALID, callback=kill)
+        go(tmp_path / "parts", callback=kill)
     steps: list[int] = []
-    go(tmp_path / "parts", seed=99, valid=VALID, resume=True, callback=lambda progress: steps.append(progress.step))
+    go(tmp_path / "parts", seed=99, resume=True, callback=lambda progress: steps.append(progress.step))
     assert steps == [5, 6]
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(whole, tmp_path / "parts")
 
 
 def test_a_finished_run_resumed_is_left_as_it_is(tmp_path: Path) -> None:
@@ -324,7 +333,8 @@ def test_another_resume_or_an_existing_folder_is_refused(tmp_path: Path) -> None
 
 
 def test_changed_settings_of_a_resumed_run_are_written_down(tmp_path: Path) -> None:
-    run = go(tmp_path / "run", replace(SMALL, steps=2))
+    run = Run(tmp_path / "run")
+    go(tmp_path / "run", replace(SMALL, steps=2))
     go(tmp_path / "run", replace(SMALL, steps=4, edit_weight=0.2), resume=True)
     assert run.description["resumed"] == [{"step": 2, "changed": {"steps": [2, 4], "edit_weight": [0.1, 0.2]}}]
     assert run.description["training"]["edit_weight"] == 0.2
@@ -341,8 +351,9 @@ def test_too_few_requests_are_refused(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(tmp_path / "whole")
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
 
     def broken(*args: Any) -> Any:
@@ -356,7 +367,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path: Path, mo
     assert len(log(tmp_path / "run")) == 3
     assert load_editor(tmp_path / "run")[0].rates.isfinite().all()
     go(tmp_path / "run", resume=True, seed=3)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_a_step_draws_by_seed_and_number_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,8 @@ Knows tokenizers and models' inputs; knows no task and no method.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -224,27 +223,22 @@ def target_ends(mode: TargetEnd, *, question: bool, chat: bool) -> bool:
     return mode == "always" or (mode == "auto" and (question or chat))
 
 
-def scored_logits(model: nn.Module, batch: Batch) -> Float[Tensor, "scored vocab"]:
+def scored_logits(model: Any, batch: Batch) -> Float[Tensor, "scored vocab"]:
     """The logits at the batch's scored positions, and only there: the head never sees another position.
 
     A forward pre-hook on the output embedding gathers the wanted hidden states into a contiguous tensor, which is right
     for untied and softcapped heads too.
     """
-    with _head_at(model, batch):
-        logits: Tensor = model(**batch.inputs, use_cache=False).logits
-    return logits
 
-
-@contextlib.contextmanager
-def _head_at(model: Any, batch: Batch) -> Iterator[None]:
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][batch.row, batch.column], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(gather)
     try:
-        yield
+        logits: Tensor = model(**batch.inputs, use_cache=False).logits
     finally:
         handle.remove()
+    return logits
 
 
 def by_length(lengths: Sequence[int], *, spread: float = 1.4, limit: int | None = None) -> list[list[int]]:

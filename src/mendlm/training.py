@@ -15,6 +15,7 @@ Knows methods, tasks and text; prints nothing. accelerate brings processes and t
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -248,7 +249,7 @@ class Trainer:
         """One optimiser step; the mean over the step's requests of everything watched."""
         progress = self.step / max(1, self.config.steps - 1)
         low = self.config.final_learning_rate
-        factor = low + (1 - low) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(progress, 1.0))).item())
+        factor = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         rates = (self.config.learning_rate, self.config.rates_learning_rate)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
@@ -286,7 +287,7 @@ class Trainer:
         while self.step < config.steps and self.step - self.best_step < config.patience:
             begun = time.perf_counter()
             metrics = {name: value.item() for name, value in self.train_step().items()}
-            if not all(map(_finite, metrics.values())):
+            if not all(map(math.isfinite, metrics.values())):
                 raise NumericalError(
                     f"step {self.step} gave NaN or infinite numbers ({metrics}); the last checkpoint is whole: "
                     "resume it with a lower learning_rate"
@@ -324,10 +325,6 @@ class Trainer:
         state = self.run.load_checkpoint(self.method, self.optimizer)
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
         self.run.cut_log(self.step)
-
-
-def _finite(number: float) -> bool:
-    return number == number and abs(number) != float("inf")
 
 
 def train(
