@@ -342,6 +342,19 @@ def test_changed_settings_of_a_resumed_run_are_written_down(tmp_path: Path) -> N
     assert len(run.description["resumed"]) == 1
 
 
+def test_a_run_killed_before_its_first_step_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "editor.safetensors").exists()
+    resumed, whole = go(tmp_path / "killed", resume=True), go(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
 def test_too_few_requests_are_refused(tmp_path: Path) -> None:
     config = replace(SMALL, batch_size=12, num_edits=12)
     with pytest.raises(InputError, match="11 requests, fewer than num_edits 12"):

@@ -142,8 +142,10 @@ class Run:
         write_bytes(path, b"".join(kept))
 
     def last_metrics(self) -> dict[str, float]:
-        """The last line of metrics.jsonl."""
-        content = json.loads((self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        """The last line of metrics.jsonl; step 0 before there is one."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        content = json.loads(lines[-1]) if lines else {"step": 0}
         assert isinstance(content, dict)
         return content
 

@@ -333,7 +333,9 @@ def summarise(rows: Sequence[dict[str, Any]], config: EvaluationConfig) -> dict[
 
 def _perplexity(texts: Sequence[dict[str, Any]], side: int) -> float | None:
     tokens = sum(text["tokens"] for text in texts)
-    return math.exp(sum(text["nll"][side] * text["tokens"] for text in texts) / tokens) if tokens else None
+    if not tokens:
+        return None
+    return math.exp(min(700.0, sum(text["nll"][side] * text["tokens"] for text in texts) / tokens))  # e^710 overflows
 
 
 def _peak_memory_mb(device: torch.device) -> float:

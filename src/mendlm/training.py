@@ -313,7 +313,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {"step": self.step, "best": self.best, "best_step": self.best_step}
             self.run.save_checkpoint(self.method, self.optimizer, state)
-            if not self.valid:
+            if not self.valid and self.step:
                 self._save_editor()
 
     def _save_editor(self) -> None:
@@ -359,6 +359,11 @@ def train(
     described = {kind: [{"name": d.name, "sha256": d.sha256} for d in sets] for kind, sets in sources.items()}
     run = Run(Path(folder))
     trainer = Trainer(method.to(model.device), model, tokenizer, data, valid, locality, config, run)
+    if min(config.batch_size, len(data.examples)) // config.num_edits < trainer.accelerator.num_processes:
+        raise InputError(
+            f"a step of {config.batch_size} requests edited {config.num_edits} at once leaves some of the "
+            f"{trainer.accelerator.num_processes} processes without work; raise batch_size"
+        )
     if resume:
         run.continue_with({"training": asdict(config), "editor": asdict(method.config), **described})
         trainer.resume()
@@ -366,6 +371,7 @@ def train(
         if trainer.accelerator.is_main_process:
             run.create({"training": asdict(config), "editor": asdict(method.config), **described, **(about or {})})
         trainer.fit_normalizer()
+        trainer.save()
     if config.tracker:
         trainer.accelerator.init_trackers("mendlm", config=json.loads(json.dumps(asdict(config))))
     for progress in trainer.steps():
