@@ -68,6 +68,11 @@ def test_a_second_edit_is_recorded_under_the_first() -> None:
     on_the_base = session.editor.edit(PROMPTS[1], "Lyon")
     name = next(iter(second.updates))
     assert not torch.allclose(second.updates[name].dense(), on_the_base.updates[name].dense())
+    session.undo()
+    same = session.edit(PROMPTS[1], "Lyon", on_base=True)
+    third = session.edits[same]
+    assert third.about["stack"] == []
+    assert torch.equal(third.updates[name].dense(), on_the_base.updates[name].dense())
 
 
 def test_answers_are_the_edited_models() -> None:

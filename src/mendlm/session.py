@@ -42,11 +42,14 @@ class Session:
         """The whole stack as one edit: the rows of all, in order."""
         return stacked(list(self._stack.values())) if self._stack else None
 
-    def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False) -> str:
-        """Make an edit under the active ones and put it on the stack; returns its id. Errors leave the stack as it was."""
+    def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False, on_base: bool = False) -> str:
+        """Make an edit and put it on the stack; returns its id. Errors leave the stack as it was.
+
+        It is recorded under the active edits, and remembers them; with `on_base`, as if there were none.
+        """
         if self.editor is None:
             raise InputError("this session has no editor; open it with editor=RUN to make edits")
-        if self.active is None:
+        if self.active is None or on_base:
             return self.add(self.editor.edit(prompt, target, scale=scale, chat=chat))
         with applied(self.model, self.active):
             new = self.editor.edit(prompt, target, scale=scale, chat=chat)
