@@ -219,11 +219,9 @@ def identity(model: nn.Module) -> str:
     for name in sorted(owner):
         with safe_open(owner[name], framework="pt") as opened:
             hash_tensor(digest, name, opened.get_tensor(name))
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second the next time, nothing else
         remembered.parent.mkdir(parents=True, exist_ok=True)
         write_json(remembered, {"sha256": digest.hexdigest(), "files": [str(f) for f in files]})
-    except OSError:
-        pass  # a cache that cannot be written costs a second the next time, nothing else
     return digest.hexdigest()
 
 

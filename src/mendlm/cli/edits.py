@@ -132,13 +132,12 @@ def generate(
     from mendlm.apply import Edit
     from mendlm.session import Session
 
-    for folder in edits or ():
-        Edit.load(folder)  # a bad one is said before the model is loaded
+    opened = [Edit.load(folder) for folder in edits or ()]  # a bad one is said before the model is loaded
     loaded, tokenizer = common.open_model(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
     session = Session(loaded, tokenizer)
-    names = [session.add(Edit.load(folder, loaded, force=force), force=force) for folder in edits or ()]
+    names = [session.add(one.to(loaded.device), force=force) for one in opened]
     answer = session.answer(prompt, chat=chat, max_new_tokens=max_new_tokens)
     common.emit(json_output, {"prompt": prompt, "chat": chat, "edits": names, "answer": answer}, answer.strip())
 
