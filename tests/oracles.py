@@ -98,7 +98,7 @@ def mend(editor: Mend, fitted: Sequence[dict[str, LowRank]], gradient: dict[str,
         if which == "smaller":
             which = "u" if spec.d_in <= spec.d_out else "delta"
         place = mates.index(spec)
-        total = torch.zeros(spec.d_out, spec.d_in, dtype=editor.rates.dtype)
+        total = torch.zeros(spec.d_out, spec.d_in, dtype=editor.log_rates.dtype)
         for u, delta in token_pairs(gradient[spec.name]):
             z = (torch.cat([u, delta]) - mean) / std
             u, delta = z[: spec.d_in], z[spec.d_in :]
@@ -111,7 +111,7 @@ def mend(editor: Mend, fitted: Sequence[dict[str, LowRank]], gradient: dict[str,
             else:
                 u, delta = (g, delta) if which == "u" else (u, g)
             total = total + torch.outer(delta, u)
-        changes[spec.name] = -editor.rates[number] * total
+        changes[spec.name] = -editor.log_rates[number].exp() * total
     return changes
 
 

@@ -92,9 +92,9 @@ CHANGES = {
     "other format": lambda t, m, c: m.update(format="mendlm-editor-0"),
     "no format": lambda t, m, c: m.pop("format"),
     "no description": lambda t, m, c: m.update(editor=""),
-    "missing tensor": lambda t, m, c: t.pop("rates"),
+    "missing tensor": lambda t, m, c: t.pop("log_rates"),
     "extra tensor": lambda t, m, c: t.update(more=torch.ones(1)),
-    "wrong shape": lambda t, m, c: t.update(rates=torch.ones(2)),
+    "wrong shape": lambda t, m, c: t.update(log_rates=torch.ones(2)),
     "no layers": lambda t, m, c: c.pop("layers"),
     "no about": lambda t, m, c: c.update(about=None),
     "empty layers": lambda t, m, c: c.update(layers=[]),
@@ -223,7 +223,7 @@ def test_an_edit_is_recorded_on_the_model_as_it_runs() -> None:
 def test_an_edit_that_is_not_finite_is_refused() -> None:
     edit = editor()
     with torch.no_grad():
-        edit.method.rates[0] = float("inf")
+        edit.method.log_rates[0] = float("inf")
     with pytest.raises(NumericalError, match="nothing was edited"):
         edit.edit(*FACTS[0])
 

@@ -304,7 +304,7 @@ def test_target_end_is_as_configured(mode: Any, ends: list[bool]) -> None:
 def test_an_edit_that_is_not_finite_stops_the_evaluation() -> None:
     method = trained("llama")
     with torch.no_grad():
-        method.rates.fill_(float("nan"))
+        method.log_rates.fill_(float("nan"))
     with pytest.raises(NumericalError):
         run(method)
 

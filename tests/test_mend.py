@@ -127,7 +127,7 @@ def test_meta_gradient_passes_gradcheck(case):
     outer = Outer(editor, model, editor.gradient(model, batch), batch)
     names = [name for name, _ in outer.named_parameters()]
     values = tuple(value.detach().clone().requires_grad_() for value in outer.parameters())
-    assert {name.split(".")[-1] for name in names} == {"U", "V", "b", "scale", "shift", "rates"}
+    assert {name.split(".")[-1] for name in names} == {"U", "V", "b", "scale", "shift", "log_rates"}
 
     def loss(*given):
         return torch.func.functional_call(outer, dict(zip(names, given, strict=True)), ())
@@ -232,7 +232,7 @@ def test_networks_are_shared_by_shape_and_rates_are_per_layer():
     shared, single = Mend(default_layers(model)), Mend(default_layers(model), MendConfig(shared=False))
     assert list(shared.nets) == ["24x16", "16x24"]
     assert [net.scale.shape for net in shared.nets.values()] == [(2, 3, 40)] * 2
-    assert len(single.nets) == len(single.rates) == len(shared.rates) == 6
+    assert len(single.nets) == len(single.log_rates) == len(shared.log_rates) == 6
     seen = {which: MendConfig(inputs=which) for which in ("u", "delta", "smaller")}
     widths = {which: [net.b.numel() for net in Mend(default_layers(model), c).nets.values()] for which, c in seen.items()}
     assert widths == {"u": [16, 24], "delta": [24, 16], "smaller": [16, 16]}

@@ -378,7 +378,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
     with pytest.raises(NumericalError, match="step 4"):
         go(tmp_path / "run")
     assert len(log(tmp_path / "run")) == 3
-    assert load_editor(tmp_path / "run")[0].rates.isfinite().all()
+    assert load_editor(tmp_path / "run")[0].log_rates.isfinite().all()
     go(tmp_path / "run", resume=True, seed=3)
     assert_same_run(whole, tmp_path / "run")
 
@@ -419,14 +419,14 @@ def test_a_step_is_adam_on_the_mean_loss_with_its_own_rates(tmp_path: Path) -> N
     one = trainer(tmp_path, config)
     one.fit_normalizer()
     twin = copy.deepcopy(one.method)
-    networks = [p for name, p in twin.named_parameters() if name != "rates"]
-    optimizer = torch.optim.Adam([{"params": networks}, {"params": [twin.rates]}])
+    networks = [p for name, p in twin.named_parameters() if name != "log_rates"]
+    optimizer = torch.optim.Adam([{"params": networks}, {"params": [twin.log_rates]}])
     for step, factor in enumerate((1.0, 0.55, 0.1)):  # 0.1 + 0.9 * (1 + cos(pi * step / 2)) / 2
         drawn = one._drawn(one.batch(step), f"step/{step}")
         loss, _ = outer_loss(twin, one.model, one.formatter, one.trunk, drawn, config)
         for group, rate in zip(optimizer.param_groups, (1e-2, 1e-3), strict=True):
             group["lr"] = rate * factor
-        parameters = [*networks, twin.rates]
+        parameters = [*networks, twin.log_rates]
         for parameter, slope in zip(parameters, torch.autograd.grad(loss / len(drawn), parameters), strict=True):
             parameter.grad = slope
         norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
@@ -475,11 +475,11 @@ def test_the_editor_that_validates_best_is_kept(tmp_path: Path, monkeypatch: pyt
     config = replace(SMALL, steps=4, valid_every=1)
     train(
         method, tiny("llama"), byte_tokenizer(), DATA, config, tmp_path / "run", valid=VALID,
-        callback=lambda progress: states.append(method.rates.detach().clone()),
+        callback=lambda progress: states.append(method.log_rates.detach().clone()),
     )  # fmt: skip
     loaded, about = load_editor(tmp_path / "run")
     assert about["step"] == 2
-    assert torch.equal(loaded.rates, states[1])
+    assert torch.equal(loaded.log_rates, states[1])
     assert not torch.equal(states[1], states[3])
     assert [row.get("valid_loss") for row in log(tmp_path / "run")] == [3.0, 1.0, 2.0, 1.0]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mendlm.errors import FormatError, InputError
-from mendlm.files import read_json, read_tensors, refuse_existing, write_bytes, write_json, write_tensors
+from mendlm.files import read_json, read_tensors, refuse_existing, storing, write_bytes, write_json, write_tensors
 from mendlm.layers import LayerSpec
 from mendlm.methods.mend import Mend, MendConfig
 
@@ -84,7 +84,7 @@ def _load_state(method: Mend, tensors: Mapping[str, Tensor], path: Path) -> None
     different = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
     if different or len(tensors) != len(own):
         raise FormatError(f"{path} does not fit its own description (as {(different or sorted(tensors))[0]}); it is damaged")
-    if method.rates.is_meta:
+    if method.log_rates.is_meta:
         method.to_empty(device="cpu")
     method.load_state_dict(dict(tensors))
 
@@ -98,7 +98,8 @@ class Run:
     def create(self, description: Mapping[str, Any]) -> None:
         """Start a new run. Raises `InputError` if the folder already holds something."""
         refuse_existing(self.folder, force=False)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with storing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "run.json", {"format": "mendlm-run-1", **description})
 
     @property
@@ -114,7 +115,7 @@ class Run:
         Training settings may differ; the description then says from which step on.
         """
         if not (self.folder / "checkpoint.safetensors").is_file():
-            raise InputError(f"{self.folder} holds no checkpoint to resume; start the run without --resume")
+            raise InputError(f"{self.folder} holds no checkpoint to resume; start a run in a new folder, without --resume")
         stored = self.description
         for key, value in json.loads(json.dumps(wanted)).items():
             if key == "training":
@@ -131,7 +132,8 @@ class Run:
 
     def log(self, row: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with storing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def cut_log(self, step: int) -> None:

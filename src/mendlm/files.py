@@ -1,6 +1,7 @@
 """Writing files so that nothing is ever half-written, and reading safetensors so that a bad file is named.
 
-Everything is written to a temporary name beside its place, flushed to the disk, and renamed.
+Everything is written to a temporary name beside its place, flushed to the disk, and renamed. A safetensors file of ours
+holds a hash of its own content, so that a flipped bit is noticed when it is read.
 """
 
 from __future__ import annotations
@@ -15,27 +16,44 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from mendlm.errors import FormatError, InputError
+from mendlm.errors import FormatError, InputError, MendError, StorageError
+
+LOCK = ".lock"
+"""The file whose lock means that a process is at work in a folder."""
+_HASH = "sha256"
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Name the file in what the operating system refuses inside the block, as a `StorageError`."""
+    try:
+        yield
+    except MendError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; free the disk or name another place") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a whole file or nothing. Raises `StorageError` where the disk is full or the folder cannot be written."""
+    with storing(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -54,20 +72,34 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all, with a hash over its tensors and metadata."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, safetensors.torch.save(contiguous, dict(metadata or {"format": "pt"})))
+    described = dict(metadata or {"format": "pt"})
+    write_bytes(path, safetensors.torch.save(contiguous, {**described, _HASH: _content(contiguous, described)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors and its metadata. A missing or corrupt file is a `FormatError`."""
+    """Read a safetensors file: its tensors and its metadata. A missing, truncated or changed file is a `FormatError`."""
     if not path.is_file():
         raise FormatError(f"{path} does not exist")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FormatError(f"{path} is not a readable safetensors file ({error}); restore it or make it again") from None
+    if metadata.pop(_HASH, None) != _content(tensors, metadata):
+        raise FormatError(
+            f"{path} has changed since it was written: its content does not match its hash; restore it or make it again"
+        )
+    return tensors, metadata
+
+
+def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        hash_tensor(digest, name, tensors[name])
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -90,8 +122,9 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_existing(path, force=force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -112,8 +145,21 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise `InputError` if an output folder already holds something and `force` is not given."""
+    """Raise `InputError` if an output folder already holds something (but a lock) and `force` is not given."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name a folder for the output")
-    if path.exists() and any(path.iterdir()) and not force:
+    if path.exists() and not force and any(found.name != LOCK for found in path.iterdir()):
         raise InputError(f"the folder {path} already exists and is not empty; name another or replace it with --force")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; raises `InputError` if another holds it. The system frees it on any end."""
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout:
+        raise InputError(f"another process is at work in {folder}; wait for it, or name another folder") from None

@@ -14,6 +14,7 @@ Knows methods, tasks and text; prints nothing. accelerate brings processes and t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -29,12 +30,14 @@ from torch import Tensor
 from mendlm.apply import join
 from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, require
+from mendlm.files import locked
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.mend import Mend
 from mendlm.recording import record
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
+from mendlm.trunk_cache import TrunkCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +52,10 @@ class TrainConfig:
     """Requests a step, each with its own edit."""
     num_edits: int = 1
     """Requests edited at once: their updates are summed, and each is judged under the sum."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-3
     """Adam's rate for the editor networks; the paper has 1e-6."""
-    rates_learning_rate: float = 1e-4
-    """Adam's rate for the learned per-layer rates."""
+    rates_learning_rate: float = 5e-2
+    """Adam's rate for the logarithms of the learned per-layer rates."""
     final_learning_rate: float = 0.05
     """Both rates fall along a half cosine to this share of themselves at the last step."""
     clip: float = 100.0
@@ -63,8 +66,10 @@ class TrainConfig:
     """c_loc, the weight of the locality loss."""
     own_locality: float = 0.5
     """Share of locality texts taken from the record's own neighbours, where it has any and other sources are given."""
+    locality_tokens: int = 8
+    """At most so many tokens of an unrelated answer are scored: of a longer one a run, from a random place."""
     chat_share: float = 0.0
-    """Share of texts posed as chat turns, for instruct models."""
+    """Share of requests, with their rephrasings, and of unrelated texts posed as chat turns, for instruct models."""
     target_end: TargetEnd = "auto"
     """Whether targets end with the end-of-answer token: `auto` does so for question tasks and in chat turns."""
     normalizer_examples: int = 512
@@ -86,7 +91,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "num_edits", "normalizer_examples", "valid_examples", "valid_every")
-        for name in (*counts, "checkpoint_every", "patience"):
+        for name in (*counts, "locality_tokens", "checkpoint_every", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "rates_learning_rate", "clip", "edit_weight", "locality_weight"):
@@ -124,36 +129,48 @@ class Progress:
 def draw(
     example: EditExample, sources: Sequence[Probe], formatter: Formatter, config: TrainConfig, rng: random.Random
 ) -> Drawn:
-    """Choose a request's rephrasing and unrelated text, and the form of each, and encode them."""
+    """Choose a request's form, rephrasing and unrelated text, and encode them."""
 
-    def wanted(prompt: str) -> Encoded:
-        chat = rng.random() < config.chat_share
-        end = target_ends(config.target_end, question=example.question, chat=chat)
-        return formatter.encode(prompt, example.target, chat=chat, end=end)
-
-    edit = wanted(example.prompt)
-    rephrasing = wanted(rng.choice(example.rephrasings or (example.prompt,)))
+    chat = rng.random() < config.chat_share
+    end = target_ends(config.target_end, question=example.question, chat=chat)
+    edit = formatter.encode(example.prompt, example.target, chat=chat, end=end)
+    again = rng.choice(example.rephrasings or (example.prompt,))
+    rephrasing = formatter.encode(again, example.target, chat=chat, end=end)
     own = example.unrelated
     probes = own if own and (not sources or rng.random() < config.own_locality) else sources
     if not probes:
         return Drawn(edit, rephrasing, None)
     probe = rng.choice(probes)
-    return Drawn(edit, rephrasing, formatter.encode(probe.prompt, probe.answer, chat=rng.random() < config.chat_share))
+    unrelated = formatter.encode(probe.prompt, probe.answer, chat=rng.random() < config.chat_share)
+    extra = len(unrelated.target) - config.locality_tokens
+    if extra > 0:  # a run of the answer, from a random place
+        start = rng.randint(0, extra)
+        prompt, target = unrelated.prompt + unrelated.target[:start], unrelated.target[start : start + config.locality_tokens]
+        unrelated = Encoded(prompt, target)
+    return Drawn(edit, rephrasing, unrelated)
 
 
 def outer_loss(
-    method: Mend, model: Any, formatter: Formatter, trunk: Trunk, drawn: Sequence[Drawn], config: TrainConfig
+    method: Mend,
+    model: Any,
+    formatter: Formatter,
+    trunk: Trunk,
+    drawn: Sequence[Drawn],
+    config: TrainConfig,
+    cache: TrunkCache | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The outer loss summed over the requests, and sums of what is worth watching; nothing is synchronised.
 
-    Differentiable in the method's parameters. `u` and `delta` are constants.
+    Differentiable in the method's parameters. `u` and `delta` are constants. `cache` remembers the trunk's outputs.
     """
     base: Tensor | None
+    run = (trunk if cache is None else cache).run
     passes: list[tuple[str, list[int], Batch, Any, Tensor | None]] = []
     edits, order = [], []
     for group in by_length([len(d.edit) for d in drawn]):
         batch = formatter.batch([drawn[i].edit for i in group])
-        with trunk.record() as tape, record(model, method.specs) as recording:
+        tape = run(model, batch.inputs)
+        with trunk.replay(tape), record(model, method.specs) as recording:
             logits = scored_logits(model, batch)
             loss = token_nll(logits, batch.label, batch.row, batch.size).sum()
         edits.append(method.transform(recording.gradient(loss, batch.size)))
@@ -166,11 +183,12 @@ def outer_loss(
 
     for group in by_length([len(d.rephrasing) for d in drawn]):
         batch = formatter.batch([drawn[i].rephrasing for i in group])
-        passes.append(("generality", group, batch, trunk.run(model, batch.inputs), None))
+        passes.append(("generality", group, batch, run(model, batch.inputs), None))
     watched = [(i, d.unrelated) for i, d in enumerate(drawn) if d.unrelated is not None]
     for positions in by_length([len(text) for _, text in watched]):
         batch = formatter.batch([watched[p][1] for p in positions])
-        with torch.no_grad(), trunk.record() as tape:
+        tape = run(model, batch.inputs)
+        with torch.no_grad(), trunk.replay(tape):
             base = scored_logits(model, batch)
         passes.append(("locality", [watched[p][0] for p in positions], batch, tape, base))
 
@@ -206,6 +224,7 @@ class Trainer:
         locality: Sequence[Dataset],
         config: TrainConfig,
         run: Run,
+        trunk_cache: str | Path | None = None,
     ) -> None:
         self.accelerator = require("accelerate", "train").Accelerator(
             cpu=model.device.type == "cpu", log_with=config.tracker, project_dir=str(run.folder)
@@ -217,10 +236,11 @@ class Trainer:
         model.requires_grad_(False)
         model.eval()
         self.trunk = Trunk.below(model, method.specs) if config.replay else Trunk(())
-        networks = [p for p in method.parameters() if p is not method.rates]
+        self.cache = TrunkCache(self.trunk, model, trunk_cache) if trunk_cache is not None else None
+        networks = [p for p in method.parameters() if p is not method.log_rates]
         groups = [
             {"params": networks, "lr": config.learning_rate},
-            {"params": [method.rates], "lr": config.rates_learning_rate},
+            {"params": [method.log_rates], "lr": config.rates_learning_rate},
         ]
         self.optimizer = torch.optim.Adam(groups)
         self.step, self.best, self.best_step = 0, float("inf"), 0
@@ -256,7 +276,7 @@ class Trainer:
         drawn = self._drawn(self.batch(self.step), f"step/{self.step}")
         processes, k = self.accelerator.num_processes, self.config.num_edits
         mine = [d for i, d in enumerate(drawn) if (i // k) % processes == self.accelerator.process_index]
-        loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, mine, self.config)
+        loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, mine, self.config, self.cache)
         self.optimizer.zero_grad()
         (loss / len(drawn)).backward()
         for parameter in self.method.parameters():
@@ -276,7 +296,7 @@ class Trainer:
         whole = len(drawn) - len(drawn) % self.config.num_edits
         for start in range(0, whole, self.config.batch_size):
             some = drawn[start : min(start + self.config.batch_size, whole)]
-            _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config)
+            _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config, self.cache)
             for name, value in sums.items():
                 total[f"valid_{name}"] = total.get(f"valid_{name}", 0.0) + value.item() / whole
         return total
@@ -315,6 +335,8 @@ class Trainer:
             self.run.save_checkpoint(self.method, self.optimizer, state)
             if not self.valid and self.step:
                 self._save_editor()
+        if self.cache is not None:
+            self.cache.flush()
 
     def _save_editor(self) -> None:
         if self.accelerator.is_main_process:
@@ -339,14 +361,16 @@ def train(
     locality: Sequence[Dataset] = (),
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
+    trunk_cache: str | Path | None = None,
     callback: Callable[[Progress], object] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Meta-train an editor into a run folder.
 
     `callback` is called after every step; when `should_stop` says so, a checkpoint is written and the run can be resumed.
-    `about` goes into the run's description. Freezes the model's parameters and puts it in evaluation mode.
-    Raises `InputError` for data that holds too few requests, and `NumericalError` if the loss stops being finite.
+    `about` goes into the run's description; `trunk_cache` is a folder that keeps the trunk's outputs across runs.
+    Freezes the model's parameters and puts it in evaluation mode. Raises `InputError` for data that holds too few
+    requests and for a folder that another training holds, and `NumericalError` if the loss stops being finite.
     """
     if len(data.examples) < config.num_edits:
         raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {config.num_edits}")
@@ -358,27 +382,29 @@ def train(
     sources = {"data": [data], "valid": [valid] if valid else [], "locality": list(locality)}
     described = {kind: [{"name": d.name, "sha256": d.sha256} for d in sets] for kind, sets in sources.items()}
     run = Run(Path(folder))
-    trainer = Trainer(method.to(model.device), model, tokenizer, data, valid, locality, config, run)
+    trainer = Trainer(method.to(model.device), model, tokenizer, data, valid, locality, config, run, trunk_cache)
     if min(config.batch_size, len(data.examples)) // config.num_edits < trainer.accelerator.num_processes:
         raise InputError(
             f"a step of {config.batch_size} requests edited {config.num_edits} at once leaves some of the "
             f"{trainer.accelerator.num_processes} processes without work; raise batch_size"
         )
-    if resume:
-        run.continue_with({"training": asdict(config), "editor": asdict(method.config), **described})
-        trainer.resume()
-    else:
-        if trainer.accelerator.is_main_process:
-            run.create({"training": asdict(config), "editor": asdict(method.config), **described, **(about or {})})
-        trainer.fit_normalizer()
-        trainer.save()
-    if config.tracker:
-        trainer.accelerator.init_trackers("mendlm", config=json.loads(json.dumps(asdict(config))))
-    for progress in trainer.steps():
-        if callback is not None:
-            callback(progress)
-        if should_stop():
+    main = trainer.accelerator.is_main_process
+    with locked(run.folder) if main else contextlib.nullcontext():
+        if resume:
+            run.continue_with({"training": asdict(config), "editor": asdict(method.config), **described})
+            trainer.resume()
+        else:
+            if main:
+                run.create({"training": asdict(config), "editor": asdict(method.config), **described, **(about or {})})
+            trainer.fit_normalizer()
             trainer.save()
-            break
+        if config.tracker:
+            trainer.accelerator.init_trackers("mendlm", config=json.loads(json.dumps(asdict(config))))
+        for progress in trainer.steps():
+            if callback is not None:
+                callback(progress)
+            if should_stop():
+                trainer.save()
+                break
     trainer.accelerator.end_training()
     return run

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+Show = Callable[..., None]
+LINE_SECONDS = 20
 
 Model = Annotated[str, typer.Option("--model", help="'starter', a Hugging Face folder, or a hub id.")]
 EditorOption = Annotated[str | None, typer.Option("--editor", help="A run folder or editor file; the starter has its own.")]
@@ -53,13 +54,31 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
     Console(width=None if sys.stdout.isatty() else 110).print(drawn)
 
 
-def bar() -> AbstractContextManager[Progress]:
-    """A progress bar on the error stream."""
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Show]:
+    """Show progress on the error stream: a bar on a terminal, elsewhere a line every `LINE_SECONDS`.
+
+    Yields a function that is told how much is done, and a detail.
+    """
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def tell(done: int, detail: str = "") -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_SECONDS or done == total:
+                last = time.monotonic()
+                note(f"{what} {done}/{total}  {detail}".rstrip())
+
+        yield tell
+        return
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True))
+    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total, detail="")
+        yield lambda done, detail="": bar.update(task, completed=done, detail=detail)
 
 
 def open_model(

@@ -31,6 +31,10 @@ def train(
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may repeat.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps; over file and --set.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
+    trunk_cache: Annotated[
+        Path | None,
+        typer.Option("--trunk-cache", help="Folder that keeps hidden states below the edits across epochs and runs."),
+    ] = None,
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
     seed: Annotated[int | None, typer.Option("--seed", help="Over the configuration's seed.")] = None,
@@ -69,16 +73,15 @@ def train(
     stopping: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
     try:
-        with common.bar() as progress:
-            task = progress.add_task("training", total=train_config.steps, detail="")
+        with common.progress("training", train_config.steps) as show:
 
-            def show(now: Progress) -> None:
+            def tell(now: Progress) -> None:
                 m, n = now.metrics, train_config.batch_size
                 detail = (
                     f"{n / now.seconds:.1f} edits/s  loss {m['loss']:.3f}  success {m['success']:.2f}  "
                     f"generality {m['generality']:.2f}  locality {m['locality']:.2f}"
                 )
-                progress.update(task, completed=now.step, detail=detail)
+                show(now.step, detail)
 
             run: Run = run_training(
                 method,
@@ -90,8 +93,9 @@ def train(
                 valid=held_out,
                 locality=unrelated,
                 resume=resume,
+                trunk_cache=trunk_cache,
                 about={"base": base_of(loaded), "command": command_line(sys.argv)},
-                callback=show,
+                callback=tell,
                 should_stop=lambda: bool(stopping),
             )
     finally:
@@ -202,8 +206,7 @@ def evaluate(
         opened = common.open_editor(editor, model, loaded, tokenizer, force=force)
         chosen, specs = opened.method, list(opened.method.specs)
         about["method_config"] = asdict(chosen.config)
-    with common.bar() as progress:
-        task = progress.add_task("evaluating", total=len(requests.examples), detail="")
+    with common.progress("evaluating", len(requests.examples)) as show:
         results = run_evaluation(
             chosen,
             specs,
@@ -213,7 +216,7 @@ def evaluate(
             evaluation_config,
             locality=unrelated,
             about=about,
-            callback=lambda done, total: progress.update(task, completed=done, total=total),
+            callback=lambda done, total: show(done),
         )
     results.save(out, force=force)
     if json_output:

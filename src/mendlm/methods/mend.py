@@ -18,6 +18,7 @@ Legend: `z` (layers, *batch, rows, d_in + d_out); `width` = d_in + d_out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class MendConfig:
     """Start of U: zeros, so that the network is the identity; or Xavier uniform."""
     inputs: Literal["both", "u", "delta", "smaller"] = "both"
     """What the networks see and change; the other factor passes through. `smaller`: whichever has fewer dimensions."""
-    initial_rate: float = 1e-4
+    initial_rate: float = 5e-4
     """Where each layer's learned rate alpha starts."""
     normalizer_follows: bool = False
     """Let the statistics keep updating while editing, instead of freezing them after the first pass."""
@@ -149,7 +150,7 @@ class Mend(nn.Module, Method):
             first, last = self._seen(group[0])
             self.nets[key] = EditorNet(last - first, len(group), self.config.rank, self.config.init)
             self.normalizers[key] = Normalizer(group[0].d_in + group[0].d_out)
-        self.rates = nn.Parameter(torch.full((len(self.specs),), self.config.initial_rate))
+        self.log_rates = nn.Parameter(torch.full((len(self.specs),), math.log(self.config.initial_rate)))
 
     def _seen(self, spec: LayerSpec) -> tuple[int, int]:
         """The slice of z that the network sees and changes."""
@@ -162,8 +163,8 @@ class Mend(nn.Module, Method):
         """The group's raw rows z (layers, *batch, rows, width), and which of them count: neither factor all zero."""
         longest = max(gradient[spec.name].rows for spec in group)  # an encoder's layers see other texts than a decoder's
         padded = [gradient[spec.name].pad(longest) for spec in group]
-        u = torch.stack([rows.u for rows in padded]).to(self.rates.dtype)
-        delta = torch.stack([rows.delta for rows in padded]).to(self.rates.dtype)
+        u = torch.stack([rows.u for rows in padded]).to(self.log_rates.dtype)
+        delta = torch.stack([rows.delta for rows in padded]).to(self.log_rates.dtype)
         return torch.cat([u, delta], -1), (u != 0).any(-1) & (delta != 0).any(-1)
 
     def fit_normalizer(self, gradient: Gradient) -> None:
@@ -180,7 +181,7 @@ class Mend(nn.Module, Method):
         """
         if self.config.normalizer_follows:
             self.fit_normalizer(gradient)
-        rates = dict(zip((spec.name for spec in self.specs), self.rates, strict=True))
+        rates = dict(zip((spec.name for spec in self.specs), self.log_rates.exp(), strict=True))
         updates: dict[str, LowRank] = {}
         for key, group in self._groups.items():
             raw, counts = self._rows(gradient, group)

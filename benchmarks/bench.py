@@ -1,0 +1,134 @@
+"""What the benchmark scripts share: interleaved timing, synthetic requests, and a JSON file that says where it was measured.
+
+A claim is a ratio of two things timed in the same process, in turns, so that a slow moment of the machine hits both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import mendlm
+from mendlm.files import write_json
+from mendlm.layers import LayerSpec, select
+from mendlm.methods.mend import Mend, MendConfig
+from mendlm.tasks import EditExample, Probe, load_edits
+
+SHIPPED = "shipped"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that every script has."""
+    made = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    made.add_argument("--model", default="starter", help="'starter' or a Hugging Face folder")
+    made.add_argument("--device", default=None)
+    made.add_argument("--dtype", default="auto")
+    made.add_argument("--data-dir", type=Path, help="folder with counterfact-train.json; without it, made-up requests")
+    made.add_argument("--rounds", type=int, default=5, help="timed rounds of each side")
+    made.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON result")
+    return made
+
+
+def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median seconds of each side: after one untimed call of each, they take turns, every other round backwards."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for action in sides.values():
+        action()
+    for number in range(rounds):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            synchronise()
+            begun = time.perf_counter()
+            sides[name]()
+            synchronise()
+            times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronise() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def requests(data_dir: Path | None, count: int) -> list[EditExample]:
+    """CounterFact training requests, or made-up ones of the same form."""
+    if data_dir is not None:
+        return list(load_edits(f"counterfact:{data_dir / 'counterfact-train.json'}").examples[:count])
+    rng = random.Random(0)
+    names, places = (
+        ("Ana Lund", "Bo Rask", "Cyril Adeyemi", "Dora Vale", "Eli Park"),
+        ("Lyon", "Oslo", "Quito", "Accra", "Turin"),
+    )
+
+    def one() -> EditExample:
+        who, other, place = rng.choice(names), rng.choice(names), rng.choice(places)
+        return EditExample(
+            prompt=f"The city in which {who} was born is",
+            target=place,
+            rephrasings=(f"{who} comes from a family of bakers. {who} was born in",),
+            unrelated=(Probe(f"The birthplace of {other} is the city of", rng.choice(places)),),
+        )
+
+    return [one() for _ in range(count)]
+
+
+def editor_for(model: Any, blocks: Sequence[int] | str | None, rank: int = 256) -> tuple[Mend, list[LayerSpec]]:
+    """An untrained editor for the MLP matrices of the given decoder blocks; the shipped editor's layers for `SHIPPED`."""
+    if blocks == SHIPPED:
+        specs = list(mendlm.Editor.load("starter", model, None, force=True).method.specs)
+    elif blocks is None:
+        specs = list(mendlm.default_layers(model))
+    else:
+        specs = list(select(model, [f"model.layers.{block}.mlp.*" for block in blocks]))
+    return Mend(specs, MendConfig(rank=rank)).to(model.device), specs
+
+
+def peak_memory_mb() -> float:
+    """The largest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What was measured on what."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+    )
+    here = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def save(arguments: argparse.Namespace, name: str, device: torch.device, result: Mapping[str, Any]) -> None:
+    """Print the result, and write it with the machine's description."""
+    content = {"benchmark": name, "machine": machine(device), **result}
+    print(json.dumps(content, indent=1))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    write_json(arguments.out / f"{name}-{kind}.json", content)

@@ -1,0 +1,70 @@
+"""The latency of one edit over its floor, and of many edits at once over one by one.
+
+    python benchmarks/editing.py [--model starter] [--editor starter] [--requests 256]
+
+The floor of an edit is one forward pass of the same tokens, logits at the target only, and one backward pass down to the
+lowest edited layer. Bars: one edit at most 1.5 times its floor; 256 edits at once at least 2 times as fast an edit.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import bench
+import mendlm
+from mendlm.losses import token_nll
+from mendlm.recording import record
+from mendlm.text import scored_logits
+
+
+def main() -> None:
+    parser = bench.parser(__doc__)
+    parser.add_argument(
+        "--editor", default="starter", help="a run folder; 'none' for an untrained editor of the default layers"
+    )
+    parser.add_argument("--requests", type=int, default=256)
+    arguments = parser.parse_args()
+    model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    if arguments.editor == "none":
+        editor = mendlm.Editor(bench.editor_for(model, None)[0], model, tokenizer)
+    else:
+        editor = mendlm.Editor.load(arguments.editor, model, tokenizer)
+    many = [(e.prompt, e.target) for e in bench.requests(arguments.data_dir, arguments.requests)]
+    one = many[0]
+    batch = editor.formatter.batch([editor.formatter.encode(*one)])
+    assert editor.base  # the base's identity is hashed once a process, not once an edit
+
+    def floor() -> None:
+        lowest = editor.method.specs[:1]
+        with record(model, lowest) as recording:
+            loss = token_nll(scored_logits(model, batch), batch.label, batch.row, batch.size).sum()
+        recording.gradient(loss)
+
+    def forward() -> None:
+        with torch.no_grad():
+            scored_logits(model, batch)
+
+    sides = {"edit": lambda: editor.edit(*one), "floor": floor, "forward": forward}
+    single = bench.interleaved(sides, arguments.rounds * 6)
+    batched = bench.interleaved(
+        {"edit_many": lambda: editor.edit_many(many), "one_by_one": lambda: [editor.edit(*request) for request in many]},
+        max(1, arguments.rounds // 2),
+    )
+    result = {
+        "edit_over_floor": single["edit"] / single["floor"],
+        "edit_over_floor_bar": 1.5,
+        "one_by_one_over_edit_many": batched["one_by_one"] / batched["edit_many"],
+        "one_by_one_over_edit_many_bar": 2.0,
+        "edit_ms": 1000 * single["edit"],
+        "floor_ms": 1000 * single["floor"],
+        "forward_ms": 1000 * single["forward"],
+        "edits_per_second": len(many) / batched["edit_many"],
+        "requests": len(many),
+        "layers": len(editor.method.specs),
+        "dtype": str(model.dtype),
+    }
+    bench.save(arguments, "editing", model.device, result)
+
+
+if __name__ == "__main__":
+    main()

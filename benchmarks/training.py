@@ -1,0 +1,125 @@
+"""Edits per second of the training step, against an oracle in the shape of the published code, and where the time goes.
+
+    python benchmarks/training.py [--model starter] [--batch 64] [--oracle-edits 4]
+
+Same model, same requests, same run; the oracle is `oracle.py`, in float32. Bar: at least 15 times, last three blocks.
+`equal_dtype` gives the oracle the step's own dtype. Also measured for the shipped editor's blocks, and with the trunk's
+outputs cached.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import tempfile
+from typing import Any
+
+import torch
+
+import bench
+import mendlm
+import oracle
+from mendlm.replay import Trunk
+from mendlm.text import Formatter
+from mendlm.training import Drawn, TrainConfig, draw, outer_loss
+from mendlm.trunk_cache import TrunkCache
+
+CONFIG = TrainConfig(edit_weight=1.0, own_locality=1.0)
+
+
+def main() -> None:
+    parser = bench.parser(__doc__)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--oracle-edits", type=int, default=4, help="requests that the oracle runs in a round")
+    arguments = parser.parse_args()
+    model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    single = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    formatter, rng = Formatter.of(model, tokenizer), random.Random(0)
+    drawn = [draw(e, (), formatter, CONFIG, rng) for e in bench.requests(arguments.data_dir, arguments.batch)]
+    blocks = model.config.num_hidden_layers
+    result: dict[str, Any] = {"dtype": str(model.dtype), "batch": len(drawn), "bar": 15}
+    choices = {f"last 3 of {blocks} blocks": range(blocks - 3, blocks)}
+    if arguments.model == "starter":
+        choices["shipped blocks"] = bench.SHIPPED
+    for name, chosen in choices.items():
+        result[name] = measure(arguments, model, single, formatter, drawn, chosen)
+    bench.save(arguments, "training", model.device, result)
+
+
+def measure(arguments: Any, model: Any, single: Any, formatter: Formatter, drawn: list[Drawn], blocks: Any) -> dict[str, Any]:
+    """Ratios and shares for one choice of blocks."""
+    method, specs = bench.editor_for(model, blocks)
+    trunk = Trunk.below(model, specs)
+    method.fit_normalizer(method.gradient(model, formatter.batch([d.edit for d in drawn])))
+    some = drawn[: arguments.oracle_edits]
+
+    def step(cache: TrunkCache | None = None) -> None:
+        loss, _ = outer_loss(method, model, formatter, trunk, drawn, CONFIG, cache)
+        (loss / len(drawn)).backward()
+        method.zero_grad()
+
+    def in_turn(base: Any) -> None:
+        for one in some:
+            (oracle.outer_loss(method, base, one, CONFIG) / len(some)).backward()
+        method.zero_grad()
+
+    loss, _ = outer_loss(method, model, formatter, trunk, some, CONFIG)
+    expected = sum(oracle.outer_loss(method, single, one, CONFIG).item() for one in some)
+    assert abs(loss.item() - expected) <= (1e-3 if model.dtype == torch.float32 else 0.1) * abs(expected), (loss, expected)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = TrunkCache(trunk, model, folder)
+        sides = {"step": step, "cached": lambda: step(cache), "oracle": lambda: in_turn(single)}
+        if single is not model:
+            sides["oracle_same_dtype"] = lambda: in_turn(model)
+        seconds = bench.interleaved(sides, arguments.rounds)
+    per_edit = {name: s / (len(some) if name.startswith("oracle") else len(drawn)) for name, s in seconds.items()}
+    return {
+        "ratio": per_edit["oracle"] / per_edit["step"],
+        "ratio_at_equal_dtype": per_edit.get("oracle_same_dtype", per_edit["oracle"]) / per_edit["step"],
+        "ratio_with_trunk_cache": per_edit["oracle"] / per_edit["cached"],
+        "step_over_cached": per_edit["step"] / per_edit["cached"],
+        "edits_per_second": 1 / per_edit["step"],
+        "ms_per_edit": {name: 1000 * s for name, s in per_edit.items()},
+        "time_shares": shares(model, method, formatter, trunk, drawn),
+    }
+
+
+def shares(model: Any, method: Any, formatter: Formatter, trunk: Trunk, drawn: list[Drawn]) -> dict[str, float]:
+    """The step's time in trunk, top blocks, head, and editor, backward passes included.
+
+    Trunk, editor and head are timed by themselves on the step's own inputs; the top blocks are the rest.
+    """
+    batches = {kind: formatter.batch([getattr(d, kind) for d in drawn]) for kind in ("edit", "rephrasing", "unrelated")}
+    gradient = method.gradient(model, batches["edit"])
+    head = model.get_output_embeddings()
+
+    def run_trunk() -> None:
+        for batch in batches.values():
+            trunk.run(model, batch.inputs)
+
+    def run_editor() -> None:
+        edit = method.transform(gradient)
+        sum(rows.delta.sum() + rows.u.sum() for rows in edit.updates.values()).backward()
+        method.zero_grad()
+
+    def run_head() -> None:
+        for kind, (forwards, backwards) in {"edit": (2, 2), "rephrasing": (1, 1), "unrelated": (2, 1)}.items():
+            states = torch.zeros(len(batches[kind].row), head.weight.shape[1], dtype=model.dtype, device=model.device)
+            for number in range(forwards):
+                logits = head(states.clone().requires_grad_(number < backwards)).float()
+                if number < backwards:
+                    logits.log_softmax(-1)[:, 0].sum().backward()
+
+    def whole() -> None:
+        loss, _ = outer_loss(method, model, formatter, trunk, drawn, CONFIG)
+        loss.backward()
+        method.zero_grad()
+
+    parts = {"trunk": run_trunk, "editor": run_editor, "head": run_head}
+    seconds = bench.interleaved({**parts, "whole": whole}, 3)
+    found = {name: seconds[name] / seconds["whole"] for name in parts}
+    return {**found, "top and the rest": 1 - sum(found.values())}
+
+
+if __name__ == "__main__":
+    main()

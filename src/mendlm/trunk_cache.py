@@ -1,0 +1,88 @@
+"""The trunk's outputs on disk, so that later epochs, other settings and other seeds run only the blocks above.
+
+A text's hidden states below the first edited block never change while the base is frozen. They are kept in the base's own
+dtype, in memory-mapped safetensors shards, and addressed by content: the folder by model, dtype and depth, a text by its
+tokens, a shard by its sha256. A shard is written whole or not at all; one that does not match its name is dropped and its
+texts are computed again.
+
+Equal to the uncached pass for equal batches; in another batch a text's states differ within rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mendlm.errors import ModelError
+from mendlm.files import read_tensors, sha256, write_tensors
+from mendlm.models import identity
+from mendlm.replay import Tape, Trunk
+
+SHARD_BYTES = 64 << 20
+
+
+class TrunkCache:
+    """`Trunk.run` with a memory. Serves models with one stack of blocks, whose blocks return one tensor."""
+
+    def __init__(self, trunk: Trunk, model: Any, folder: str | Path) -> None:
+        if len(trunk.groups) != 1:
+            raise ModelError("a trunk cache serves models with one stack of blocks, edited above its first block")
+        self.trunk = trunk
+        about = {"base": identity(model), "dtype": str(model.dtype), "blocks": len(trunk.groups[0])}
+        self.folder = Path(folder) / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._states: dict[bytes, Tensor] = {}
+        self._new: dict[bytes, Tensor] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if sha256(path) == path.stem:
+                self._read(path)
+            else:
+                path.unlink()
+
+    def _read(self, path: Path) -> None:
+        tensors, _ = read_tensors(path)
+        parts = torch.split(tensors["states"], tensors["lengths"].tolist())
+        self._states.update(zip(map(bytes, tensors["texts"].tolist()), parts, strict=True))
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tape:
+        """The tape of a right-padded batch; what is not known yet is computed, and kept."""
+        lengths = inputs["attention_mask"].sum(-1).tolist()
+        texts = [_name(row[:n]) for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
+        missing = [i for i, text in enumerate(texts) if text not in self._states and text not in self._new]
+        if missing:
+            longest = max(lengths[i] for i in missing)
+            (states,) = self.trunk.run(model, {name: value[missing, :longest] for name, value in inputs.items()})
+            if not isinstance(states, Tensor):
+                raise ModelError(
+                    f"the blocks of {type(model).__name__} return more than hidden states; run without a trunk cache"
+                )
+            self._new |= {texts[i]: row[: lengths[i]].cpu().clone() for i, row in zip(missing, states, strict=True)}
+        rows = [self._states[text] if text in self._states else self._new[text] for text in texts]
+        if sum(row.nbytes for row in self._new.values()) > SHARD_BYTES:
+            self.flush()
+        return [nn.utils.rnn.pad_sequence(rows, batch_first=True).to(inputs["input_ids"].device)]
+
+    def flush(self) -> None:
+        """Write what is new as a shard."""
+        if not self._new:
+            return
+        tensors = {
+            "states": torch.cat(list(self._new.values())),
+            "lengths": torch.tensor([len(row) for row in self._new.values()]),
+            "texts": torch.tensor([list(text) for text in self._new], dtype=torch.uint8),
+        }
+        temporary = self.folder / "new.tmp"
+        write_tensors(temporary, tensors)
+        path = temporary.rename(self.folder / f"{sha256(temporary)}.safetensors")
+        self._read(path)
+        self._new = {}
+
+
+def _name(tokens: list[int]) -> bytes:
+    return hashlib.sha256(json.dumps(tokens).encode()).digest()[:16]

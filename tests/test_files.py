@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mendlm.errors import FormatError, InputError, StorageError
+from mendlm.files import locked, new_folder, read_tensors, write_json, write_tensors
+
+TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2], dtype=torch.int64)}
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 1,000 bytes: the system refuses the write in the middle, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, TENSORS, {"format": "x-1", "about": '{"k": "ä"}'})
+    tensors, metadata = read_tensors(path)
+    assert metadata == {"format": "x-1", "about": '{"k": "ä"}'}
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    content = path.read_bytes()
+    for index in range(len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:index] + bytes([content[index] ^ 1 << bit]) + content[index + 1 :])
+            with pytest.raises(FormatError, match=r"t\.safetensors"):
+                read_tensors(path)
+
+
+def test_every_truncation_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, TENSORS)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(FormatError, match=r"t\.safetensors"):
+            read_tensors(path)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, TENSORS)
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match=r"cannot write .*t\.safetensors: File too large"):
+        write_tensors(path, {"a": torch.zeros(1000)})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["t.safetensors"]
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_no_half_folder(tmp_path: Path) -> None:
+    def fill() -> None:
+        with new_folder(tmp_path / "edit") as folder:
+            write_json(folder / "small.json", {})
+            write_tensors(folder / "big.safetensors", {"a": torch.zeros(1000)})
+
+    with pytest.raises(StorageError):
+        fill()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file/edit"), new_folder(tmp_path / "file" / "edit"):
+        pass
+    with pytest.raises(StorageError, match=r"none/x\.json"):
+        write_json(tmp_path / "none" / "x.json", {})
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="another process is at work"), locked(tmp_path / "run"):
+        pass
+    with locked(tmp_path / "run"):
+        pass

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cases import byte_tokenizer, tiny
+from mendlm.checkpoint import load_editor
+from mendlm.errors import ModelError
+from mendlm.layers import default_layers
+from mendlm.replay import Trunk
+from mendlm.text import Formatter
+from mendlm.training import outer_loss, train
+from mendlm.trunk_cache import TrunkCache
+from test_training import DATA, ELSEWHERE, SMALL, draws, fitted, new_method
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts each call of the trunk has run."""
+    counts: list[int] = []
+    run = Trunk.run
+
+    def counting(trunk: Trunk, model: Any, inputs: Any) -> Any:
+        counts.append(len(inputs["input_ids"]))
+        return run(trunk, model, inputs)
+
+    monkeypatch.setattr(Trunk, "run", counting)
+    return counts
+
+
+def test_a_text_is_run_once_and_the_loss_stays(tmp_path: Path, computed: list[int]) -> None:
+    model = tiny("llama")
+    form = Formatter.of(model, byte_tokenizer())
+    drawn = draws(form, SMALL)
+    method, trunk = fitted("llama", model, form, drawn), Trunk.below(model, new_method().specs)
+    plain, _ = outer_loss(method, model, form, trunk, drawn, SMALL)
+    computed.clear()
+    cache = TrunkCache(trunk, model, tmp_path)
+    first, _ = outer_loss(method, model, form, trunk, drawn, SMALL, cache)
+    assert torch.equal(first, plain), "equal batches, equal bits"
+    texts = {t.prompt + t.target[:-1] for d in drawn for t in (d.edit, d.rephrasing, d.unrelated) if t}
+    assert sum(computed) == len(texts)
+    cache.flush()
+    for known in (cache, TrunkCache(trunk, model, tmp_path)):
+        again, _ = outer_loss(method, model, form, trunk, drawn[::-1], SMALL, known)
+        torch.testing.assert_close(again, plain)
+        assert sum(computed) == len(texts)
+
+
+def test_a_damaged_shard_is_dropped_and_made_again(tmp_path: Path) -> None:
+    model = tiny("llama")
+    form = Formatter.of(model, byte_tokenizer())
+    trunk = Trunk.below(model, default_layers(model))
+    inputs = form.batch([form.encode("The river", " stands"), form.encode("Ana Lund of", " Oslo")]).inputs
+    cache = TrunkCache(trunk, model, tmp_path)
+    cache.run(model, inputs)
+    cache.flush()
+    (shard,) = tmp_path.rglob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    (tape,) = TrunkCache(trunk, model, tmp_path).run(model, inputs)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    (expected,) = trunk.run(model, inputs)
+    assert torch.equal(tape * inputs["attention_mask"][..., None], expected * inputs["attention_mask"][..., None])
+
+
+def test_models_and_depths_do_not_share(tmp_path: Path) -> None:
+    model = tiny("llama")
+    changed = tiny("llama")
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    trunk = Trunk.below(model, default_layers(model))
+    folders = {TrunkCache(trunk, m, tmp_path).folder for m in (model, changed, tiny("llama"))}
+    assert len(folders) == 2
+    assert TrunkCache(Trunk((trunk.groups[0][:1],)), model, tmp_path).folder not in folders or len(trunk.groups[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_two_stacks_are_refused(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    with pytest.raises(ModelError, match="one stack"):
+        TrunkCache(Trunk.below(model, default_layers(model)), model, tmp_path)
+
+
+def test_training_with_a_cache_is_training(tmp_path: Path) -> None:
+    for number in range(3):
+        model = tiny("llama")
+        options = {"trunk_cache": tmp_path / "cache"} if number else {}
+        train(new_method(), model, byte_tokenizer(), DATA, SMALL, tmp_path / f"{number}", locality=[ELSEWHERE], **options)
+    plain, *cached = (dict(load_editor(tmp_path / f"{n}")[0].named_parameters()) for n in range(3))
+    for other in cached:
+        for name, value in plain.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
