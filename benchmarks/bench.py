@@ -6,6 +6,7 @@ A claim is a ratio of two things timed in the same process, in turns, so that a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import random
@@ -21,6 +22,8 @@ import torch
 import transformers
 
 import mendlm
+from mendlm.checkpoint import load_editor
+from mendlm.editor import editor_file
 from mendlm.files import write_json
 from mendlm.layers import LayerSpec, select
 from mendlm.methods.mend import Mend, MendConfig
@@ -87,7 +90,7 @@ def requests(data_dir: Path | None, count: int) -> list[EditExample]:
 def editor_for(model: Any, blocks: Sequence[int] | str | None, rank: int = 256) -> tuple[Mend, list[LayerSpec]]:
     """An untrained editor for the MLP matrices of the given decoder blocks; the shipped editor's layers for `SHIPPED`."""
     if blocks == SHIPPED:
-        specs = list(mendlm.Editor.load("starter", model, None, force=True).method.specs)
+        specs = list(load_editor(editor_file("starter"))[0].specs)
     elif blocks is None:
         specs = list(mendlm.default_layers(model))
     else:
@@ -95,8 +98,21 @@ def editor_for(model: Any, blocks: Sequence[int] | str | None, rank: int = 256) 
     return Mend(specs, MendConfig(rank=rank)).to(model.device), specs
 
 
-def peak_memory_mb() -> float:
-    """The largest resident memory of this process so far, in MiB."""
+def reset_peak_memory() -> None:
+    """Forget the peak so far: of the allocator on a GPU, of the process where the system can (Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The peak since `reset_peak_memory`, in MiB: of the allocator on a GPU, else of the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    for line in _lines("/proc/self/status"):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -107,7 +123,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     )
     here = Path(__file__).parent
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,

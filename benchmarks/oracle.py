@@ -25,8 +25,9 @@ def outer_loss(method: Mend, model: Any, drawn: Drawn, config: TrainConfig) -> T
     edit = method.transform(recording.gradient(nll, 1))
     weights = {}
     for spec in method.specs:
-        change = edit.updates[spec.name].dense()[0]
-        weights[f"{spec.name}.weight"] = model.get_parameter(f"{spec.name}.weight") + (change.mT if spec.transposed else change)
+        weight = model.get_parameter(f"{spec.name}.weight")
+        change = edit.updates[spec.name].dense()[0].to(weight.dtype)
+        weights[f"{spec.name}.weight"] = weight + (change.mT if spec.transposed else change)
 
     def edited(text: Any) -> Tensor:
         logits: Tensor = functional_call(model, weights, kwargs={**_inputs(model, text), "use_cache": False}).logits

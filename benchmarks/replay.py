@@ -21,7 +21,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
     blocks = model.config.num_hidden_layers
-    _, specs = bench.editor_for(model, range(blocks - 3, blocks))
+    _, specs = bench.editor_for(model, range(max(0, blocks - 3), blocks))
     trunk, formatter = Trunk.below(model, specs), Formatter.of(model, tokenizer)
     texts = [formatter.encode(e.rephrasings[0], None) for e in bench.requests(arguments.data_dir, arguments.texts)]
     batch = formatter.batch(texts)

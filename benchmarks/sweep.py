@@ -12,6 +12,7 @@ and docs/images/sweep-NAME.svg.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -39,7 +40,7 @@ SWEEPS: dict[str, dict[str, list[str]]] = {
     "depth": {f"{first}-{first + 2}": [mlps(first)] for first in (13, 16, 19, 22, 25, 27)},
     "locality": {str(weight): [f"locality_weight={weight}"] for weight in (0.3, 1.0, 3.0, 10.0)},
     "rank": {str(rank): [f"editor.rank={rank}"] for rank in (32, 128, 512)},
-    "rate": {str(rate): [f"learning_rate={rate}"] for rate in (3e-4, 1e-3, 3e-3)},
+    "rate": {str(rate): [f"learning_rate={rate}"] for rate in (3e-4, 1.5e-3, 3e-3)},
 }
 COMMON = ["edit_weight=1.0", "own_locality=1.0", "chat_share=0.0", "batch_size=32", "normalizer_examples=256"]
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Small sweeps behind the starter editor's recipe.")
     parser.add_argument("sweep", choices=SWEEPS)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs and of the trunk cache")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, of one thread each")
     parser.add_argument("--device", default="cpu")
@@ -64,6 +65,7 @@ def main() -> None:
         "jobs": arguments.jobs,
         "values": dict(zip(values, rows, strict=True)),
     }
+    (HERE / "results").mkdir(exist_ok=True)
     write_json(HERE / "results" / f"sweep-{arguments.sweep}.json", result)
     print(json.dumps(result, indent=1))
     draw(result, HERE.parent / "docs" / "images" / f"sweep-{arguments.sweep}.svg")
@@ -71,23 +73,17 @@ def main() -> None:
 
 def run(arguments: Any, value: str, settings: list[str]) -> dict[str, float]:
     """Train one value, or read its finished run; the means of the last third of its steps."""
-    out = arguments.work / f"{arguments.sweep}-{value}-{arguments.steps}"
+    recipe = HERE.parent / "recipes" / "starter.toml"
+    command = [sys.executable, "-m", "mendlm", "train", "--config", str(recipe), "--device", arguments.device]
+    command += ["--data", f"counterfact:{arguments.data_dir / 'counterfact-train.json'}", "--steps", str(arguments.steps)]
+    for setting in [*COMMON, *settings]:
+        command += ["--set", setting]
+    settled = hashlib.sha256(f"{command}{recipe.read_text()}".encode()).hexdigest()[:8]
+    out = arguments.work / f"{arguments.sweep}-{value}-{settled}"
     metrics = out / "metrics.jsonl"
     done = metrics.read_text().splitlines() if metrics.exists() else []
     if len(done) < arguments.steps:
-        command = [sys.executable, "-m", "mendlm", "train", "--config", str(HERE.parent / "recipes" / "starter.toml")]
-        command += ["--data", f"counterfact:{arguments.data_dir / 'counterfact-train.json'}", "--out", str(out)]
-        command += [
-            "--trunk-cache",
-            str(arguments.work / "trunk"),
-            "--steps",
-            str(arguments.steps),
-            "--device",
-            arguments.device,
-        ]
-        for setting in [*COMMON, *settings]:
-            command += ["--set", setting]
-        command += ["--resume"] if (out / "checkpoint.safetensors").exists() else []
+        command += ["--out", str(out), *(["--resume"] if (out / "checkpoint.safetensors").exists() else [])]
         threads = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL)
         done = metrics.read_text().splitlines()

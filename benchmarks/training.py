@@ -20,7 +20,7 @@ import bench
 import mendlm
 import oracle
 from mendlm.replay import Trunk
-from mendlm.text import Formatter
+from mendlm.text import Batch, Formatter, by_length
 from mendlm.training import Drawn, TrainConfig, draw, outer_loss
 from mendlm.trunk_cache import TrunkCache
 
@@ -38,7 +38,7 @@ def main() -> None:
     drawn = [draw(e, (), formatter, CONFIG, rng) for e in bench.requests(arguments.data_dir, arguments.batch)]
     blocks = model.config.num_hidden_layers
     result: dict[str, Any] = {"dtype": str(model.dtype), "batch": len(drawn), "bar": 15}
-    choices = {f"last 3 of {blocks} blocks": range(blocks - 3, blocks)}
+    choices = {f"last 3 of {blocks} blocks": range(max(0, blocks - 3), blocks)}
     if arguments.model == "starter":
         choices["shipped blocks"] = bench.SHIPPED
     for name, chosen in choices.items():
@@ -51,7 +51,8 @@ def measure(arguments: Any, model: Any, single: Any, formatter: Formatter, drawn
     method, specs = bench.editor_for(model, blocks)
     trunk = Trunk.below(model, specs)
     method.fit_normalizer(method.gradient(model, formatter.batch([d.edit for d in drawn])))
-    some = drawn[: arguments.oracle_edits]
+    by_size = sorted(drawn, key=lambda d: len(d.edit) + len(d.rephrasing) + len(d.unrelated or ()))
+    some = by_size[:: -(-len(drawn) // arguments.oracle_edits)]  # short and long ones as they come in the batch
 
     def step(cache: TrunkCache | None = None) -> None:
         loss, _ = outer_loss(method, model, formatter, trunk, drawn, CONFIG, cache)
@@ -89,22 +90,27 @@ def shares(model: Any, method: Any, formatter: Formatter, trunk: Trunk, drawn: l
 
     Trunk, editor and head are timed by themselves on the step's own inputs; the top blocks are the rest.
     """
-    batches = {kind: formatter.batch([getattr(d, kind) for d in drawn]) for kind in ("edit", "rephrasing", "unrelated")}
-    gradient = method.gradient(model, batches["edit"])
+    batches: list[tuple[str, Batch]] = []
+    for kind in ("edit", "rephrasing", "unrelated"):
+        texts = [text for d in drawn if (text := getattr(d, kind)) is not None]
+        batches += [(kind, formatter.batch([texts[i] for i in group])) for group in by_length([len(text) for text in texts])]
+    gradients = [method.gradient(model, batch) for kind, batch in batches if kind == "edit"]
     head = model.get_output_embeddings()
 
     def run_trunk() -> None:
-        for batch in batches.values():
+        for _, batch in batches:
             trunk.run(model, batch.inputs)
 
     def run_editor() -> None:
-        edit = method.transform(gradient)
-        sum(rows.delta.sum() + rows.u.sum() for rows in edit.updates.values()).backward()
+        for gradient in gradients:
+            edit = method.transform(gradient)
+            sum(rows.delta.sum() + rows.u.sum() for rows in edit.updates.values()).backward()
         method.zero_grad()
 
     def run_head() -> None:
-        for kind, (forwards, backwards) in {"edit": (2, 2), "rephrasing": (1, 1), "unrelated": (2, 1)}.items():
-            states = torch.zeros(len(batches[kind].row), head.weight.shape[1], dtype=model.dtype, device=model.device)
+        for kind, batch in batches:
+            forwards, backwards = {"edit": (2, 2), "rephrasing": (1, 1), "unrelated": (2, 1)}[kind]
+            states = torch.zeros(len(batch.row), head.weight.shape[1], dtype=model.dtype, device=model.device)
             for number in range(forwards):
                 logits = head(states.clone().requires_grad_(number < backwards)).float()
                 if number < backwards:

@@ -5,8 +5,11 @@ All models are frozen, in evaluation mode and float32. They are cached: a test t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import resource
 import string
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -161,3 +164,14 @@ def spaced_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """The system refuses to grow any file beyond `size` bytes, in the middle of a write, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

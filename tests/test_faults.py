@@ -5,13 +5,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +18,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import test_tasks
+from cases import files_limited_to
 from mendlm.apply import Edit
 from mendlm.files import locked, read_tensors
 from mendlm.lowrank import LowRank
 from test_cli import ON, TRAIN, Command, edit, place, run  # noqa: F401
 from test_lowrank import pairs
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """The system refuses to grow any file beyond `size` bytes, in the middle of a write, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def training(out: Path, *more: str) -> list[str]:
@@ -152,9 +139,14 @@ def test_a_prompt_of_a_hundred_thousand_characters_is_refused_at_once(run: Comma
     assert time.monotonic() - begun < 30
 
 
+def lines(run_folder: Path) -> int:
+    path = run_folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 @pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_editor(run: Command, place: Path, tmp_path: Path) -> None:
-    settings = ["--set", "checkpoint_every=1", "--steps", "40"]
+    settings = ["--set", "checkpoint_every=1", "--steps", "200"]
     run(*training(tmp_path / "whole", *settings))
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "mendlm", *training(killed, *settings)]
@@ -163,21 +155,18 @@ def test_a_killed_training_goes_on_to_the_same_editor(run: Command, place: Path,
         if not resume:
             shutil.rmtree(killed, ignore_errors=True)
         process = subprocess.Popen(command + resume, cwd=place, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        written, deadline = killed / "metrics.jsonl", time.monotonic() + 120
-        before = written.stat().st_mtime_ns if written.exists() else 0
-        while process.poll() is None and time.monotonic() < deadline:
-            if written.exists() and written.stat().st_mtime_ns != before:
-                time.sleep(0.01 * number)
-                process.kill()
-                break
-            time.sleep(0.005)
-        process.wait()
+        begun, deadline = lines(killed), time.monotonic() + 120
+        while process.poll() is None and lines(killed) <= begun + 1 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.007 * number)
+        process.kill()
+        assert process.wait() == -9
     run(*training(killed, *settings, "--resume"))
     whole, after = (read_tensors(folder / "checkpoint.safetensors")[0] for folder in (tmp_path / "whole", killed))
     for name, tensor in whole.items():
         assert_close(after[name], tensor, rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, 201))
 
 
 @pytest.mark.slow
@@ -216,4 +205,5 @@ def test_fuzz_low_rank_algebra(both: tuple[LowRank, LowRank], steps: list[str], 
             rows, lost = rows.compress(min(rows.shape))
             assert (lost < 1e-6).all()
     assert_close(rows.dense(), dense, rtol=1e-6, atol=1e-8)
-    assert_close(rows.norm(), dense.flatten(-2).norm(dim=-1), rtol=1e-6, atol=1e-8)
+    size = (rows.u.norm(dim=(-2, -1)) * rows.delta.norm(dim=(-2, -1))).max().item()  # of what may cancel in the sum
+    assert_close(rows.norm(), dense.flatten(-2).norm(dim=-1), rtol=1e-6, atol=1e-6 * size)

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from cases import files_limited_to
 from mendlm.errors import FormatError, InputError, StorageError
 from mendlm.files import locked, new_folder, read_tensors, write_json, write_tensors
 
@@ -16,11 +16,8 @@ TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2], dtype
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """No file can grow beyond 1,000 bytes: the system refuses the write in the middle, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_limited_to(1000):
+        yield
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:

@@ -201,6 +201,26 @@ def test_requests_without_anything_unrelated_have_no_locality_loss() -> None:
     assert sums["locality_loss"].item() == sums["locality"].item() == 0
 
 
+def test_a_long_unrelated_answer_is_scored_in_a_run_from_a_random_place() -> None:
+    form, config, rng = Formatter.of(tiny("llama"), byte_tokenizer()), TrainConfig(locality_tokens=3), random.Random(0)
+    probe = Probe("The river", "runs to the sea")
+    whole = form.encode(probe.prompt, probe.answer)
+    texts = [draw(example(0), [probe], form, config, rng).unrelated for _ in range(200)]
+    assert {len(text.target) for text in texts if text} == {3}
+    assert all((whole.prompt + whole.target)[: len(text)] == text.prompt + text.target for text in texts if text)
+    assert {len(text.prompt) for text in texts if text} == set(range(len(whole.prompt), len(whole) - 2))
+    form = Formatter.of(tiny("t5"), byte_tokenizer())  # its decoder starts from nothing: the answer's beginning is scored
+    whole, text = form.encode(probe.prompt, probe.answer), draw(example(0), [probe], form, config, rng).unrelated
+    assert text == Encoded(whole.prompt, whole.target[:3])
+
+
+def test_a_request_and_its_rephrasing_have_one_form() -> None:
+    form, config, rng = Formatter.of(tiny("llama"), byte_tokenizer()), TrainConfig(chat_share=0.5), random.Random(0)
+    drawn = [draw(example(1), (), form, config, rng) for _ in range(40)]
+    forms = {tuple(form.decode(text.prompt).startswith("[user]") for text in (d.edit, d.rephrasing)) for d in drawn}
+    assert forms == {(True, True), (False, False)}
+
+
 def test_draws_mix_sources_forms_and_ends_as_configured() -> None:
     form = Formatter.of(tiny("llama"), byte_tokenizer())
     probes = ELSEWHERE.probes

@@ -47,10 +47,9 @@ def parse_config(kind: type[_T], values: Mapping[str, Any]) -> _T:
 
 
 def save_editor(path: Path, method: Mend, about: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
-    """Write an editor as one safetensors file; floating tensors in `dtype` if given, the statistics as they are."""
-    parameters = dict(method.named_parameters())
+    """Write an editor as one safetensors file; its networks in `dtype` if given, rates and statistics as they are."""
     tensors = {
-        name: tensor.to(dtype) if dtype is not None and name in parameters else tensor
+        name: tensor.to(dtype) if dtype is not None and name.startswith("nets.") else tensor
         for name, tensor in method.state_dict().items()
     }
     content = {"config": asdict(method.config), "layers": [asdict(spec) for spec in method.specs], "about": dict(about)}

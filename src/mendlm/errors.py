@@ -6,7 +6,7 @@
     │   └── RecordError       a malformed record: names file, line and field
     ├── ModelError            a model that cannot be fetched, loaded or used as asked
     ├── FormatError           a file of ours that is missing, corrupt, or made for something else
-    ├── StorageError          a file or folder that cannot be written or read: a full disk, no permission  (also an OSError)
+    ├── StorageError          a file or folder that cannot be written: a full disk, no permission  (also an OSError)
     ├── NumericalError        NaN or infinity where a finite number is needed
     └── MissingPackageError   an optional package; names the extra that brings it  (also an ImportError)
 
@@ -49,7 +49,7 @@ class FormatError(MendError):
 
 
 class StorageError(MendError, OSError):
-    """A file or folder that cannot be written or read: a full disk, no permission."""
+    """A file or folder that cannot be written: a full disk, no permission."""
 
 
 class NumericalError(MendError):

@@ -88,10 +88,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FormatError(f"{path} is not a readable safetensors file ({error}); restore it or make it again") from None
-    if metadata.pop(_HASH, None) != _content(tensors, metadata):
-        raise FormatError(
-            f"{path} has changed since it was written: its content does not match its hash; restore it or make it again"
-        )
+    stored = metadata.pop(_HASH, None)
+    if stored is None:
+        raise FormatError(f"{path} holds no hash of its content: it is damaged, or of an earlier version; make it again")
+    if stored != _content(tensors, metadata):
+        raise FormatError(f"{path} has changed since it was written: its content does not match its hash; make it again")
     return tensors, metadata
 
 
@@ -155,11 +156,14 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process alone; raises `InputError` if another holds it. The system frees it on any end."""
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise InputError(f"another process is at work in {folder}; wait for it, or name another folder") from None
     try:
-        with lock:
-            yield
-    except filelock.Timeout:
-        raise InputError(f"another process is at work in {folder}; wait for it, or name another folder") from None
+        yield
+    finally:
+        lock.release()

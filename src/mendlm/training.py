@@ -52,14 +52,14 @@ class TrainConfig:
     """Requests a step, each with its own edit."""
     num_edits: int = 1
     """Requests edited at once: their updates are summed, and each is judged under the sum."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     """Adam's rate for the editor networks; the paper has 1e-6."""
     rates_learning_rate: float = 5e-2
     """Adam's rate for the logarithms of the learned per-layer rates."""
     final_learning_rate: float = 0.05
     """Both rates fall along a half cosine to this share of themselves at the last step."""
-    clip: float = 100.0
-    """Largest norm of the outer gradient; a longer one is scaled down to it."""
+    clip: float = 1.0
+    """Largest norm of the outer gradient; a longer one is scaled down to it. The paper has 100."""
     edit_weight: float = 0.1
     """c_e, the weight of the edit loss."""
     locality_weight: float = 1.0
@@ -67,7 +67,8 @@ class TrainConfig:
     own_locality: float = 0.5
     """Share of locality texts taken from the record's own neighbours, where it has any and other sources are given."""
     locality_tokens: int = 8
-    """At most so many tokens of an unrelated answer are scored: of a longer one a run, from a random place."""
+    """At most so many tokens of an unrelated answer are scored: of a longer one a run, from a random place (encoder-decoders:
+    its beginning)."""
     chat_share: float = 0.0
     """Share of requests, with their rephrasings, and of unrelated texts posed as chat turns, for instruct models."""
     target_end: TargetEnd = "auto"
@@ -143,8 +144,8 @@ def draw(
     probe = rng.choice(probes)
     unrelated = formatter.encode(probe.prompt, probe.answer, chat=rng.random() < config.chat_share)
     extra = len(unrelated.target) - config.locality_tokens
-    if extra > 0:  # a run of the answer, from a random place
-        start = rng.randint(0, extra)
+    if extra > 0:  # a run of the answer, from a random place; a decoder that starts from nothing keeps its beginning
+        start = rng.randint(0, extra) if formatter.family == "causal" else 0
         prompt, target = unrelated.prompt + unrelated.target[:start], unrelated.target[start : start + config.locality_tokens]
         unrelated = Encoded(prompt, target)
     return Drawn(edit, rephrasing, unrelated)

@@ -2,8 +2,8 @@
 
 A text's hidden states below the first edited block never change while the base is frozen. They are kept in the base's own
 dtype, in memory-mapped safetensors shards, and addressed by content: the folder by model, dtype and depth, a text by its
-tokens, a shard by its sha256. A shard is written whole or not at all; one that does not match its name is dropped and its
-texts are computed again.
+tokens. A shard is written whole or not at all, by any number of processes; one that does not match its hash is dropped and
+its texts are computed again.
 
 Equal to the uncached pass for equal batches; in another batch a text's states differ within rounding.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mendlm.errors import ModelError
-from mendlm.files import read_tensors, sha256, write_tensors
+from mendlm.errors import FormatError, ModelError
+from mendlm.files import read_tensors, storing, write_tensors
 from mendlm.models import identity
 from mendlm.replay import Tape, Trunk
 
@@ -36,14 +37,15 @@ class TrunkCache:
         self.trunk = trunk
         about = {"base": identity(model), "dtype": str(model.dtype), "blocks": len(trunk.groups[0])}
         self.folder = Path(folder) / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._states: dict[bytes, Tensor] = {}
         self._new: dict[bytes, Tensor] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if sha256(path) == path.stem:
-                self._read(path)
-            else:
-                path.unlink()
+        with storing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(self.folder.glob("*.safetensors")):
+                try:
+                    self._read(path)
+                except FormatError:
+                    path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
         tensors, _ = read_tensors(path)
@@ -69,7 +71,7 @@ class TrunkCache:
         return [nn.utils.rnn.pad_sequence(rows, batch_first=True).to(inputs["input_ids"].device)]
 
     def flush(self) -> None:
-        """Write what is new as a shard."""
+        """Write what is new as a shard. Raises `StorageError` where that cannot be written."""
         if not self._new:
             return
         tensors = {
@@ -77,9 +79,8 @@ class TrunkCache:
             "lengths": torch.tensor([len(row) for row in self._new.values()]),
             "texts": torch.tensor([list(text) for text in self._new], dtype=torch.uint8),
         }
-        temporary = self.folder / "new.tmp"
-        write_tensors(temporary, tensors)
-        path = temporary.rename(self.folder / f"{sha256(temporary)}.safetensors")
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        write_tensors(path, tensors)
         self._read(path)
         self._new = {}
 

@@ -206,7 +206,8 @@ def evaluate(
         opened = common.open_editor(editor, model, loaded, tokenizer, force=force)
         chosen, specs = opened.method, list(opened.method.specs)
         about["method_config"] = asdict(chosen.config)
-    with common.progress("evaluating", len(requests.examples)) as show:
+    grouped = len(requests.examples) // evaluation_config.num_edits * evaluation_config.num_edits
+    with common.progress("evaluating", grouped) as show:
         results = run_evaluation(
             chosen,
             specs,
