@@ -73,7 +73,7 @@ def test_an_untrained_editor_is_normalised_gradient_descent(case):
     for i in range(3):
         normed = [(torch.cat(pair) - mean) / std for pair in oracles.token_pairs(gradient[spec.name][i])]
         total = sum(torch.outer(z[spec.d_in :], z[: spec.d_in]) for z in normed)
-        assert_close(edits.updates[spec.name][i].dense(), -1e-4 * total, rtol=1e-6, atol=1e-10)
+        assert_close(edits.updates[spec.name][i].dense(), -5e-4 * total, rtol=1e-6, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", cases.GENERATORS)

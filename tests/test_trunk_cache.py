@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_a_damaged_shard_is_dropped_and_made_again(tmp_path: Path) -> None:
 
 def test_models_and_depths_do_not_share(tmp_path: Path) -> None:
     model = tiny("llama")
-    changed = tiny("llama")
+    changed = copy.deepcopy(model)
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     trunk = Trunk.below(model, default_layers(model))
@@ -79,11 +80,26 @@ def test_models_and_depths_do_not_share(tmp_path: Path) -> None:
     assert TrunkCache(Trunk((tuple(model.model.layers[:2]),)), model, tmp_path).folder not in folders
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
-def test_two_stacks_are_refused(name: str, tmp_path: Path) -> None:
-    model = tiny(name)
+def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    model = tiny("bart")
+    decoder = [spec for spec in default_layers(model) if "decoder" in spec.name]
     with pytest.raises(ModelError, match="one stack"):
-        TrunkCache(Trunk.below(model, default_layers(model)), model, tmp_path)
+        TrunkCache(Trunk.below(model, decoder), model, tmp_path)
+    model = tiny("t5")  # its blocks pass position biases on
+    form = Formatter.of(model, byte_tokenizer())
+    cache = TrunkCache(Trunk.below(model, default_layers(model)), model, tmp_path)
+    with pytest.raises(ModelError, match="more than hidden states"):
+        cache.run(model, form.batch([form.encode("The river", "stands")]).inputs)
+
+
+def test_the_encoder_below_its_edits_is_kept(tmp_path: Path) -> None:
+    model = tiny("bart")
+    form, trunk = Formatter.of(model, byte_tokenizer()), Trunk.below(model, default_layers(model))
+    inputs = form.batch([form.encode("The river", "stands still for days"), form.encode("Ana Lund of", "Oslo")]).inputs
+    cache = TrunkCache(trunk, model, tmp_path)
+    for _ in range(2):
+        (found,), (expected,) = cache.run(model, inputs), trunk.run(model, inputs)
+        torch.testing.assert_close(found, expected * inputs["attention_mask"][..., None])
 
 
 def test_training_with_a_cache_is_training(tmp_path: Path, computed: list[int]) -> None:

@@ -56,7 +56,7 @@ class TrunkCache:
         """The tape of a right-padded batch; what is not known yet is computed, and kept."""
         lengths = inputs["attention_mask"].sum(-1).tolist()
         texts = [_name(row[:n]) for row, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
-        missing = [i for i, text in enumerate(texts) if text not in self._states and text not in self._new]
+        missing = list({t: i for i, t in enumerate(texts) if t not in self._states and t not in self._new}.values())
         if missing:
             longest = max(lengths[i] for i in missing)
             (states,) = self.trunk.run(model, {name: value[missing, :longest] for name, value in inputs.items()})
