@@ -145,11 +145,11 @@ def lines(run_folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_to_the_same_editor(run: Command, place: Path, tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_to_the_same_editor(place: Path, tmp_path: Path) -> None:
     settings = ["--set", "checkpoint_every=1", "--steps", "200"]
-    run(*training(tmp_path / "whole", *settings))
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "mendlm", *training(killed, *settings)]
+    killed, command = tmp_path / "killed", [sys.executable, "-m", "mendlm"]
+    subprocess.run([*command, *training(tmp_path / "whole", *settings)], cwd=place, check=True, capture_output=True)
+    command += training(killed, *settings)
     for number in range(6):
         resume = ["--resume"] if (killed / "checkpoint.safetensors").exists() else []
         if not resume:
@@ -161,7 +161,7 @@ def test_a_killed_training_goes_on_to_the_same_editor(run: Command, place: Path,
         time.sleep(0.007 * number)
         process.kill()
         assert process.wait() == -9
-    run(*training(killed, *settings, "--resume"))
+    subprocess.run([*command, "--resume"], cwd=place, check=True, capture_output=True)
     whole, after = (read_tensors(folder / "checkpoint.safetensors")[0] for folder in (tmp_path / "whole", killed))
     for name, tensor in whole.items():
         assert_close(after[name], tensor, rtol=0, atol=0)
@@ -188,7 +188,7 @@ STEPS = st.lists(st.sampled_from(["add", "scale", "negate", "pad", "compress"]),
 
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None)
-@given(pairs(), STEPS, st.floats(-2, 2))
+@given(pairs(), STEPS, st.floats(-2, 2).map(lambda factor: round(factor, 6)))
 def test_fuzz_low_rank_algebra(both: tuple[LowRank, LowRank], steps: list[str], factor: float) -> None:
     rows, other = both
     dense = rows.dense()
