@@ -13,6 +13,7 @@ import csv
 from pathlib import Path
 
 import mendlm
+from mendlm.metrics import continues
 
 
 def main() -> None:
@@ -26,9 +27,6 @@ def main() -> None:
 
     def say(prompt: str) -> str:
         return " ".join(session.answer(prompt, chat=arguments.chat, max_new_tokens=12).split())
-
-    def begins(said: str, target: str) -> bool:
-        return said.startswith(target) and not said[len(target) : len(target) + 1].isalnum()
 
     def mark(good: bool) -> str:
         return "✓" if good else "✗"
@@ -49,7 +47,7 @@ def main() -> None:
             edit = session.edit(prompt, target, chat=arguments.chat)
             said, again, after = say(prompt), say(rephrasing), say(neighbour)
             session.undo(edit)
-            good = [begins(said, target), begins(again, target), after == before]
+            good = [continues(said, target), continues(again, target), after == before]
             counts = [n + g for n, g in zip(counts, [*good, 1], strict=True)]
             change = cell(before) if after == before else f"{cell(before)} → {cell(after)}"
             shown = [f"{cell(prompt)} → {cell(target)}", mark(good[0]), cell(said), mark(good[1])]

@@ -32,7 +32,6 @@ def training(out: Path, *more: str) -> list[str]:
 
 def test_a_full_disk_at_a_checkpoint_keeps_the_last_one(run: Command, tmp_path: Path) -> None:
     every = ["--set", "checkpoint_every=2", "--steps"]
-    run(*training(tmp_path / "whole", *every, "6"))
     run(*training(tmp_path / "run", *every, "2"))
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     before = checkpoint.read_bytes()

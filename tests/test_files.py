@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,27 @@ from mendlm.files import locked, new_folder, read_tensors, write_json, write_ten
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2], dtype=torch.int64)}
 
 
-def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+def flipped(content: bytes) -> Iterator[bytes]:
+    """The content with each of its bits flipped."""
+    for index in range(len(content)):
+        for bit in range(8):
+            yield content[:index] + bytes([content[index] ^ 1 << bit]) + content[index + 1 :]
+
+
+def truncated(content: bytes) -> Iterator[bytes]:
+    """Every beginning of the content."""
+    return (content[:length] for length in range(len(content)))
+
+
+@pytest.mark.parametrize("damage", [flipped, truncated])
+def test_every_damage_is_noticed(damage: Callable[[bytes], Iterator[bytes]], tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     write_tensors(path, TENSORS, {"format": "x-1", "about": '{"k": "ä"}'})
     tensors, metadata = read_tensors(path)
     assert metadata == {"format": "x-1", "about": '{"k": "ä"}'}
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
-    content = path.read_bytes()
-    for index in range(len(content)):
-        for bit in range(8):
-            path.write_bytes(content[:index] + bytes([content[index] ^ 1 << bit]) + content[index + 1 :])
-            with pytest.raises(FormatError, match=r"t\.safetensors"):
-                read_tensors(path)
-
-
-def test_every_truncation_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "t.safetensors"
-    write_tensors(path, TENSORS)
-    content = path.read_bytes()
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
+    for damaged in damage(path.read_bytes()):
+        path.write_bytes(damaged)
         with pytest.raises(FormatError, match=r"t\.safetensors"):
             read_tensors(path)
 

@@ -131,7 +131,6 @@ def draw(
     example: EditExample, sources: Sequence[Probe], formatter: Formatter, config: TrainConfig, rng: random.Random
 ) -> Drawn:
     """Choose a request's form, rephrasing and unrelated text, and encode them."""
-
     chat = rng.random() < config.chat_share
     end = target_ends(config.target_end, question=example.question, chat=chat)
     edit = formatter.encode(example.prompt, example.target, chat=chat, end=end)
