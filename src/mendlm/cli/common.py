@@ -55,15 +55,15 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) 
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Show]:
+def progress(what: str) -> Iterator[Show]:
     """Show progress on the error stream: a bar on a terminal, elsewhere a line every `LINE_SECONDS`.
 
-    Yields a function that is told how much is done, and a detail.
+    Yields a function that is told how much is done, of how much, and a detail.
     """
     if not sys.stderr.isatty():
         last = time.monotonic()
 
-        def tell(done: int, detail: str = "") -> None:
+        def tell(done: int, total: int, detail: str = "") -> None:
             nonlocal last
             if time.monotonic() - last >= LINE_SECONDS or done == total:
                 last = time.monotonic()
@@ -77,8 +77,8 @@ def progress(what: str, total: int) -> Iterator[Show]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total, detail="")
-        yield lambda done, detail="": bar.update(task, completed=done, detail=detail)
+        task = bar.add_task(what, total=None, detail="")
+        yield lambda done, total, detail="": bar.update(task, completed=done, total=total, detail=detail)
 
 
 def open_model(

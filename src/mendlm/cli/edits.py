@@ -100,13 +100,13 @@ def edit(
         opened.edit_many(requests, **how)[0].save(out, force=force)
         folders = [out]
     else:
-        with new_folder(out, force=force) as temporary, common.progress("editing", len(requests)) as show:
+        with new_folder(out, force=force) as temporary, common.progress("editing") as show:
             names = [f"{number:06d}" for number in range(len(requests))]
             for start in range(0, len(requests), 256):
                 some: list[EditExample] = requests[start : start + 256]
                 for number, one in enumerate(opened.edit_many(some, **how), start=start):
                     one.save(temporary / names[number])
-                    show(number + 1)
+                    show(number + 1, len(requests))
         folders = [out / name for name in names]
     content = {"out": str(out), "edits": [str(folder) for folder in folders], "count": len(folders), "skipped": skipped}
     text = f"{len(folders)} edits in {out}" if data is not None else f"the edit is in {out}"

@@ -73,7 +73,7 @@ def train(
     stopping: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
     try:
-        with common.progress("training", train_config.steps) as show:
+        with common.progress("training") as show:
 
             def tell(now: Progress) -> None:
                 m, n = now.metrics, train_config.batch_size
@@ -81,7 +81,7 @@ def train(
                     f"{n / now.seconds:.1f} edits/s  loss {m['loss']:.3f}  success {m['success']:.2f}  "
                     f"generality {m['generality']:.2f}  locality {m['locality']:.2f}"
                 )
-                show(now.step, detail)
+                show(now.step, now.steps, detail)
 
             run: Run = run_training(
                 method,
@@ -206,8 +206,7 @@ def evaluate(
         opened = common.open_editor(editor, model, loaded, tokenizer, force=force)
         chosen, specs = opened.method, list(opened.method.specs)
         about["method_config"] = asdict(chosen.config)
-    grouped = len(requests.examples) // evaluation_config.num_edits * evaluation_config.num_edits
-    with common.progress("evaluating", grouped) as show:
+    with common.progress("evaluating") as show:
         results = run_evaluation(
             chosen,
             specs,
@@ -217,7 +216,7 @@ def evaluate(
             evaluation_config,
             locality=unrelated,
             about=about,
-            callback=lambda done, total: show(done),
+            callback=show,
         )
     results.save(out, force=force)
     if json_output:
