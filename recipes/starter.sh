@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
-# Train the starter editor as it is shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR
-# DATA_DIR holds the files that benchmarks/prepare/data.py checks. Interrupted, each command goes on with --resume.
+# Train the starter editor as it is shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--resume] [--seed N]
+# DATA_DIR holds the files that benchmarks/prepare/data.py checks.
 set -euo pipefail
-data=$1 run=$2 cache=$3
-train=(
-    mendlm train --model starter --config "$(dirname "$0")/starter.toml" --out "$run" --trunk-cache "$cache"
-    --data "counterfact:$data/counterfact-train.json"
-    --data "zsre:$data/zsre-train.json" --data "zsre:$data/zsre-train.json" --data "zsre:$data/zsre-train.json"
-    --locality "nq:$data/nq-open-dev.jsonl" --locality "text:$data/wikitext-2-a.txt"
-)
-"${train[@]}"
-# A second, shorter stage from where the first ended, in which locality weighs more.
-"${train[@]}" --resume --set steps=280 --set locality_weight=6.0
+here=$(dirname "$0") data=$1 run=$2 cache=$3
+mkdir -p "$cache"
+python "$here/../benchmarks/prepare/questions.py" --data-dir "$data" --out "$cache/nq-requests.jsonl"
+zsre="zsre:$data/zsre-train.json"
+mendlm train --model starter --config "$here/starter.toml" --out "$run" --trunk-cache "$cache" \
+    --data "counterfact:$data/counterfact-train.json" --data "$zsre" --data "$zsre" --data "$zsre" \
+    --data "records:$cache/nq-requests.jsonl" \
+    --locality "nq:$data/nq-open-dev.jsonl" --locality "text:$data/wikitext-2-a.txt" "${@:4}"

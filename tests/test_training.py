@@ -50,7 +50,7 @@ def facts(first: int, count: int) -> Dataset:
 
 DATA, VALID = facts(0, 11), facts(20, 7)
 ELSEWHERE = Dataset("nq:x", "x", (), (Probe("What is it?", "A thing"), Probe("Why?", "So"), Probe("How many are there", None)))
-SMALL = TrainConfig(steps=6, batch_size=4, normalizer_examples=8, valid_every=2, checkpoint_every=2, chat_share=0.3)
+SMALL = TrainConfig(steps=6, batch_size=4, normalizer_examples=8, valid_every=2, checkpoint_every=2, chat_share=0.3, continuation_share=0)
 
 
 def new_method(name: str = "llama", seed: int = 0, **config: Any) -> Mend:
@@ -202,7 +202,7 @@ def test_requests_without_anything_unrelated_have_no_locality_loss() -> None:
 
 
 def test_a_long_unrelated_answer_is_scored_in_a_run_from_a_random_place() -> None:
-    form, config, rng = Formatter.of(tiny("llama"), byte_tokenizer()), TrainConfig(locality_tokens=3), random.Random(0)
+    form, config, rng = Formatter.of(tiny("llama"), byte_tokenizer()), TrainConfig(locality_tokens=3, continuation_share=0), random.Random(0)
     probe = Probe("The river", "runs to the sea")
     whole = form.encode(probe.prompt, probe.answer)
     texts = [draw(example(0), [probe], form, config, rng).unrelated for _ in range(200)]
@@ -221,12 +221,23 @@ def test_a_request_and_its_rephrasing_have_one_form() -> None:
     assert forms == {(True, True), (False, False)}
 
 
+def test_what_follows_an_edited_statement_is_watched_and_what_follows_an_ended_answer_is_not() -> None:
+    form, rng = Formatter.of(tiny("llama"), byte_tokenizer()), random.Random(0)
+    config = TrainConfig(continuation_share=1.0)
+    statement, question = (replace(example(1), question=asked) for asked in (False, True))
+    for _ in range(20):
+        texts = draw(statement, ELSEWHERE.probes, form, config, rng)
+        assert texts.unrelated in [Encoded(said.prompt + said.target, ()) for said in (texts.edit, texts.rephrasing)]
+    known = {form.encode(p.prompt, p.answer) for p in (*ELSEWHERE.probes, *question.unrelated)}
+    assert all(draw(question, ELSEWHERE.probes, form, config, rng).unrelated in known for _ in range(20))
+
+
 def test_draws_mix_sources_forms_and_ends_as_configured() -> None:
     form = Formatter.of(tiny("llama"), byte_tokenizer())
     probes = ELSEWHERE.probes
 
     def drawn(**settings: Any) -> list[Drawn]:
-        config, rng = TrainConfig(**settings), random.Random(0)
+        config, rng = TrainConfig(**{"continuation_share": 0} | settings), random.Random(0)
         return [draw(example(i % 3 + 1), probes, form, config, rng) for i in range(90)]
 
     def share(settings: dict[str, Any]) -> float:

@@ -69,6 +69,9 @@ class TrainConfig:
     locality_tokens: int = 8
     """At most so many tokens of an unrelated answer are scored: of a longer one a run, from a random place (encoder-decoders:
     its beginning)."""
+    continuation_share: float = 0.1
+    """Share of requests whose unrelated text is their own prompt and target, where that has no end: what follows an edited
+    answer stays as the base model would have it."""
     chat_share: float = 0.0
     """Share of requests, with their rephrasings, and of unrelated texts posed as chat turns, for instruct models."""
     target_end: TargetEnd = "auto"
@@ -98,7 +101,7 @@ class TrainConfig:
         for name in ("learning_rate", "rates_learning_rate", "clip", "edit_weight", "locality_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be 0 or a positive finite number, got {getattr(self, name)}")
-        for name in ("own_locality", "chat_share", "final_learning_rate"):
+        for name in ("own_locality", "continuation_share", "chat_share", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
         if self.patience < self.valid_every:
@@ -136,6 +139,9 @@ def draw(
     edit = formatter.encode(example.prompt, example.target, chat=chat, end=end)
     again = rng.choice(example.rephrasings or (example.prompt,))
     rephrasing = formatter.encode(again, example.target, chat=chat, end=end)
+    if formatter.family == "causal" and not end and rng.random() < config.continuation_share:
+        said = rng.choice((edit, rephrasing))
+        return Drawn(edit, rephrasing, Encoded(said.prompt + said.target, ()))
     own = example.unrelated
     probes = own if own and (not sources or rng.random() < config.own_locality) else sources
     if not probes:
