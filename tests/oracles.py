@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from mendlm.apply import Edit
 from mendlm.layers import LayerSpec
 from mendlm.lowrank import LowRank
+from mendlm.methods.knowledge_editor import KnowledgeEditor
+from mendlm.methods.malmen import Malmen
 from mendlm.methods.mend import Mend
-from mendlm.text import Batch
+from mendlm.methods.network import RowEditor
+from mendlm.text import Batch, Encoded, Formatter
+from mendlm.training import Drawn, TrainConfig
 
 
 def stored(model: Any, spec: LayerSpec, change: Tensor) -> Tensor:
@@ -65,6 +70,46 @@ def nll(model: Any, batch: Batch) -> Tensor:
     return sum(F.cross_entropy(logits[batch.row == i], batch.label[batch.row == i]) for i in range(batch.size))
 
 
+def one_text(model: Any, form: Formatter, text: Encoded) -> tuple[dict[str, Tensor], slice]:
+    """Unpadded inputs, and where the logits of the target are (without one: of the prompt's end)."""
+    count = max(1, len(text.target))
+    if model.config.is_encoder_decoder:
+        decoder = torch.tensor([[*form.start, *text.target[:-1]]])
+        first = len(form.start) - 1
+        return {"input_ids": torch.tensor([text.prompt]), "decoder_input_ids": decoder}, slice(first, first + count)
+    first = len(text.prompt) - 1
+    return {"input_ids": torch.tensor([[*text.prompt, *text.target[:-1]]])}, slice(first, first + count)
+
+
+def outer_loss(model: Any, form: Formatter, drawn: Sequence[Drawn], config: TrainConfig, weights_of: Any) -> dict[str, Tensor]:
+    """The outer loss and its parts, one text at a time, by full forward passes with dense weights.
+
+    `weights_of(texts)` gives the changed weights by name, for the requests that are edited at once.
+    """
+    sums = dict.fromkeys(("edit_loss", "locality_loss", "success", "generality", "locality"), torch.zeros(()))
+    k = config.num_edits
+    for index, one in enumerate(drawn):
+        if index % k == 0:
+            weights = weights_of([d.edit for d in drawn[index : index + k]])
+        for name, text in (("success", one.edit), ("generality", one.rephrasing)):
+            inputs, places = one_text(model, form, text)
+            logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
+            target = torch.tensor(text.target)
+            nll = -logits.log_softmax(-1).gather(1, target[:, None]).mean()
+            sums["edit_loss"] = sums["edit_loss"] + 0.5 * nll
+            counted = len(target) - text.ended
+            sums[name] = sums[name] + float(logits.argmax(-1)[:counted].equal(target[:counted]))
+        if one.unrelated is not None:
+            inputs, places = one_text(model, form, one.unrelated)
+            base = model(**inputs, use_cache=False).logits[0, places]
+            logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
+            kl = F.kl_div(logits.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="sum")
+            sums["locality_loss"] = sums["locality_loss"] + kl / len(base)
+            sums["locality"] = sums["locality"] + float(logits.argmax(-1).equal(base.argmax(-1)))
+    sums["loss"] = config.edit_weight * sums["edit_loss"] + config.locality_weight * sums["locality_loss"]
+    return sums
+
+
 def welford(rows: Iterable[Tensor]) -> tuple[Tensor, Tensor, int]:
     """Mean, standard deviation (n - 1) and count, one row at a time."""
     count, mean, squares = 0, 0.0, 0.0
@@ -82,11 +127,13 @@ def token_pairs(update: LowRank) -> list[tuple[Tensor, Tensor]]:
     return [(u, delta) for u, delta in pairs if u.any() and delta.any()]
 
 
-def mend(editor: Mend, fitted: Sequence[dict[str, LowRank]], gradient: dict[str, LowRank]) -> dict[str, Tensor]:
-    """MEND's weight changes for one example's gradient, token by token and layer by layer; `fitted`: for the statistics."""
+def steps(
+    editor: RowEditor, fitted: Sequence[dict[str, LowRank]], gradient: dict[str, LowRank]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Layer -> for each of its tokens, `u` and the step `-alpha delta~ u~^T`; `fitted` is what the statistics are of."""
     config, specs = editor.config, editor.specs
     groups = {spec: spec.shape if config.shared else spec.name for spec in specs}
-    changes = {}
+    found = {}
     for number, spec in enumerate(specs):
         mates = [mate for mate in specs if groups[mate] == groups[spec]]
         net = list(editor.nets.values())[list(dict.fromkeys(groups.values())).index(groups[spec])]
@@ -98,9 +145,9 @@ def mend(editor: Mend, fitted: Sequence[dict[str, LowRank]], gradient: dict[str,
         if which == "smaller":
             which = "u" if spec.d_in <= spec.d_out else "delta"
         place = mates.index(spec)
-        total = torch.zeros(spec.d_out, spec.d_in, dtype=editor.log_rates.dtype)
-        for u, delta in token_pairs(gradient[spec.name]):
-            z = (torch.cat([u, delta]) - mean) / std
+        found[spec.name] = []
+        for own, delta in token_pairs(gradient[spec.name]):
+            z = (torch.cat([own, delta]) - mean) / std
             u, delta = z[: spec.d_in], z[spec.d_in :]
             z = {"both": z, "u": u, "delta": delta}[which]
             s, o = net.scale[:, place], net.shift[:, place]
@@ -110,8 +157,45 @@ def mend(editor: Mend, fitted: Sequence[dict[str, LowRank]], gradient: dict[str,
                 u, delta = g[: spec.d_in], g[spec.d_in :]
             else:
                 u, delta = (g, delta) if which == "u" else (u, g)
-            total = total + torch.outer(delta, u)
-        changes[spec.name] = -editor.log_rates[number].exp() * total
+            found[spec.name].append((own, -editor.log_rates[number].exp() * torch.outer(delta, u)))
+    return found
+
+
+def mend(editor: Mend, fitted: Sequence[dict[str, LowRank]], gradient: dict[str, LowRank]) -> dict[str, Tensor]:
+    """MEND's weight changes for one example's gradient, token by token and layer by layer."""
+    found = steps(editor, fitted, gradient)
+    zeros = {spec.name: torch.zeros(spec.d_out, spec.d_in, dtype=editor.log_rates.dtype) for spec in editor.specs}
+    return {name: sum((step for _, step in found[name]), start=zero) for name, zero in zeros.items()}
+
+
+def malmen(editor: Malmen, fitted: Sequence[dict[str, LowRank]], gradients: Sequence[dict[str, LowRank]]) -> dict[str, Tensor]:
+    """MALMEN's weight changes for requests edited at once: `min |dW u_j - step_j u_j|^2 + lambda |dW|^2` by lstsq."""
+    found = [steps(editor, fitted, gradient) for gradient in gradients]
+    changes = {}
+    for number, spec in enumerate(editor.specs):
+        tokens = [token for one in found for token in one[spec.name]]
+        keys = torch.stack([u for u, _ in tokens])
+        wanted = torch.stack([step @ u for u, step in tokens])
+        ridge = (0.5 * editor.log_damping[number]).exp() * torch.eye(spec.d_in, dtype=keys.dtype)
+        both = torch.cat([wanted, wanted.new_zeros(spec.d_in, spec.d_out)])
+        changes[spec.name] = torch.linalg.lstsq(torch.cat([keys, ridge]), both).solution.mT
+    return changes
+
+
+def knowledge_editor(
+    editor: KnowledgeEditor, model: Any, text: Encoded, old: Tensor, gradient: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """KnowledgeEditor's weight changes for one request, with dense gradients."""
+    kinds = ([*text.prompt], old.tolist(), [*text.target])
+    words = torch.cat([model.get_input_embeddings()(torch.tensor(ids)) + editor.kinds.weight[k] for k, ids in enumerate(kinds)])
+    out, _ = editor.reader(words[None])
+    hidden = out.shape[-1] // 2
+    state = torch.cat([out[0, -1, :hidden], out[0, 0, hidden:]])
+    changes = {}
+    for spec, head in zip(editor.specs, editor.heads, strict=True):
+        a, c, b, d, s = head(state).split([spec.d_out, spec.d_out, spec.d_in, spec.d_in, 1])
+        mask, shift = torch.outer(a.softmax(0), b), torch.outer(c.softmax(0), d)
+        changes[spec.name] = -s.sigmoid() * (gradient[spec.name] * mask + shift)
     return changes
 
 

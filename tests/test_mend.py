@@ -13,7 +13,8 @@ import oracles
 from mendlm.apply import applied
 from mendlm.errors import InputError, LayerError
 from mendlm.layers import default_layers, select
-from mendlm.methods.mend import EditorNet, Mend, MendConfig, Normalizer
+from mendlm.methods.mend import Mend, MendConfig
+from mendlm.methods.network import EditorNet, Normalizer
 
 CHOICES = [
     {},

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+import oracles
 from cases import byte_tokenizer, tiny
 from mendlm import training
 from mendlm.checkpoint import Run, load_editor
@@ -50,7 +50,9 @@ def facts(first: int, count: int) -> Dataset:
 
 DATA, VALID = facts(0, 11), facts(20, 7)
 ELSEWHERE = Dataset("nq:x", "x", (), (Probe("What is it?", "A thing"), Probe("Why?", "So"), Probe("How many are there", None)))
-SMALL = TrainConfig(steps=6, batch_size=4, normalizer_examples=8, valid_every=2, checkpoint_every=2, chat_share=0.3, continuation_share=0)
+SMALL = TrainConfig(
+    steps=6, batch_size=4, normalizer_examples=8, valid_every=2, checkpoint_every=2, chat_share=0.3, continuation_share=0
+)
 
 
 def new_method(name: str = "llama", seed: int = 0, **config: Any) -> Mend:
@@ -75,17 +77,6 @@ def draws(form: Formatter, config: TrainConfig, count: int = 8) -> list[Drawn]:
     return [draw(example(i), ELSEWHERE.probes, form, config, rng) for i in range(count)]
 
 
-def one_text(model: Any, form: Formatter, text: Encoded) -> tuple[dict[str, Tensor], slice]:
-    """Unpadded inputs, and where the logits of the target are (without one: of the prompt's end)."""
-    count = max(1, len(text.target))
-    if model.config.is_encoder_decoder:
-        decoder = torch.tensor([[*form.start, *text.target[:-1]]])
-        first = len(form.start) - 1
-        return {"input_ids": torch.tensor([text.prompt]), "decoder_input_ids": decoder}, slice(first, first + count)
-    first = len(text.prompt) - 1
-    return {"input_ids": torch.tensor([[*text.prompt, *text.target[:-1]]])}, slice(first, first + count)
-
-
 def dense_update(method: Mend, model: Any, form: Formatter, text: Encoded) -> dict[str, Tensor]:
     """Weight name -> the edit's change of it; `u` and `delta` by hooks and `retain_grad` on a trainable copy."""
     model = copy.deepcopy(model).requires_grad_(True)
@@ -100,7 +91,7 @@ def dense_update(method: Mend, model: Any, form: Formatter, text: Encoded) -> di
 
     for spec in method.specs:
         model.get_submodule(spec.name).register_forward_hook(keep(spec.name))
-    inputs, places = one_text(model, form, text)
+    inputs, places = oracles.one_text(model, form, text)
     logits = model(**inputs, use_cache=False).logits[0, places]
     logits.log_softmax(-1)[range(len(text.target)), list(text.target)].mean().neg().backward()
     gradient = {
@@ -114,30 +105,11 @@ def dense_update(method: Mend, model: Any, form: Formatter, text: Encoded) -> di
 
 
 def naive_loss(method: Mend, model: Any, form: Formatter, drawn: Sequence[Drawn], config: TrainConfig) -> dict[str, Tensor]:
-    """One text at a time, full forward passes with dense weights."""
-    sums = dict.fromkeys(("edit_loss", "locality_loss", "success", "generality", "locality"), torch.zeros(()))
-    k = config.num_edits
-    updates = [dense_update(method, model, form, d.edit) for d in drawn]
-    for index, one in enumerate(drawn):
-        group = updates[index // k * k : index // k * k + k]
-        weights = {name: model.get_parameter(name) + sum(update[name] for update in group) for name in group[0]}
-        for name, text in (("success", one.edit), ("generality", one.rephrasing)):
-            inputs, places = one_text(model, form, text)
-            logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
-            target = torch.tensor(text.target)
-            nll = -logits.log_softmax(-1).gather(1, target[:, None]).mean()
-            sums["edit_loss"] = sums["edit_loss"] + 0.5 * nll
-            counted = len(target) - text.ended
-            sums[name] = sums[name] + float(logits.argmax(-1)[:counted].equal(target[:counted]))
-        if one.unrelated is not None:
-            inputs, places = one_text(model, form, one.unrelated)
-            base = model(**inputs, use_cache=False).logits[0, places]
-            logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
-            kl = torch.nn.functional.kl_div(logits.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="sum")
-            sums["locality_loss"] = sums["locality_loss"] + kl / len(base)
-            sums["locality"] = sums["locality"] + float(logits.argmax(-1).equal(base.argmax(-1)))
-    sums["loss"] = config.edit_weight * sums["edit_loss"] + config.locality_weight * sums["locality_loss"]
-    return sums
+    def weights_of(texts: Sequence[Encoded]) -> dict[str, Tensor]:
+        updates = [dense_update(method, model, form, text) for text in texts]
+        return {name: model.get_parameter(name) + sum(update[name] for update in updates) for name in updates[0]}
+
+    return oracles.outer_loss(model, form, drawn, config, weights_of)
 
 
 def grads(loss: Tensor, method: Mend) -> Tensor:
@@ -202,7 +174,11 @@ def test_requests_without_anything_unrelated_have_no_locality_loss() -> None:
 
 
 def test_a_long_unrelated_answer_is_scored_in_a_run_from_a_random_place() -> None:
-    form, config, rng = Formatter.of(tiny("llama"), byte_tokenizer()), TrainConfig(locality_tokens=3, continuation_share=0), random.Random(0)
+    form, config, rng = (
+        Formatter.of(tiny("llama"), byte_tokenizer()),
+        TrainConfig(locality_tokens=3, continuation_share=0),
+        random.Random(0),
+    )
     probe = Probe("The river", "runs to the sea")
     whole = form.encode(probe.prompt, probe.answer)
     texts = [draw(example(0), [probe], form, config, rng).unrelated for _ in range(200)]
@@ -448,7 +424,7 @@ def test_an_epoch_shows_every_request_once_in_a_new_order(tmp_path: Path) -> Non
 def test_a_step_is_adam_on_the_mean_loss_with_its_own_rates(tmp_path: Path) -> None:
     config = replace(SMALL, steps=3, clip=0.01, learning_rate=1e-2, rates_learning_rate=1e-3, final_learning_rate=0.1)
     one = trainer(tmp_path, config)
-    one.fit_normalizer()
+    one.prepare()
     twin = copy.deepcopy(one.method)
     networks = [p for name, p in twin.named_parameters() if name != "log_rates"]
     optimizer = torch.optim.Adam([{"params": networks}, {"params": [twin.log_rates]}])
@@ -474,7 +450,7 @@ def test_a_step_is_adam_on_the_mean_loss_with_its_own_rates(tmp_path: Path) -> N
 
 def test_the_normalizer_sees_the_first_requests_once(tmp_path: Path) -> None:
     one = trainer(tmp_path, replace(SMALL, normalizer_examples=7))
-    one.fit_normalizer()
+    one.prepare()
     twin = new_method()
     for d in one._drawn([*one.batch(0), *one.batch(1)][:7], "normalizer"):
         twin.fit_normalizer(twin.gradient(one.model, one.formatter.batch([d.edit])))
@@ -485,7 +461,7 @@ def test_the_normalizer_sees_the_first_requests_once(tmp_path: Path) -> None:
 def test_validation_is_the_mean_over_whole_groups_and_always_the_same(tmp_path: Path) -> None:
     config = replace(SMALL, num_edits=2)
     one = trainer(tmp_path, config, valid=VALID)
-    one.fit_normalizer()
+    one.prepare()
     first = one.validate()
     assert one.validate() == first
     drawn = one._drawn(VALID.examples, "valid")[:6]

@@ -27,7 +27,9 @@ def main() -> None:
     for probe in TASKS["nq"].load(arguments.data_dir / "nq-open-dev.jsonl").probes:
         asked = probe.prompt[0].lower() + probe.prompt[1:]
         rephrasings = [frame.format(asked) for frame in FRAMES]
-        lines.append(json.dumps({"prompt": probe.prompt, "target": probe.answer, "rephrasings": rephrasings}, ensure_ascii=False))
+        lines.append(
+            json.dumps({"prompt": probe.prompt, "target": probe.answer, "rephrasings": rephrasings}, ensure_ascii=False)
+        )
     write_bytes(arguments.out, "".join(f"{line}\n" for line in lines).encode())
     print(f"{len(lines)} requests in {arguments.out}")
 

@@ -84,6 +84,18 @@ class Edit:
         """The same edit outside any graph."""
         return self._map(LowRank.detach)
 
+    def leaves(self) -> Edit:
+        """The same edit outside any graph, as the start of a new one: what required a gradient does so again."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+
+        return self._map(lambda update: LowRank(leaf(update.u), leaf(update.delta)))
+
+    def tensors(self) -> list[Tensor]:
+        """The rows of all layers, `u` and `delta` in turn."""
+        return [tensor for update in self.updates.values() for tensor in (update.u, update.delta)]
+
     def grouped(self, size: int) -> Edit:
         """Sum each `size` consecutive edits of a batch: several requests edited at once."""
         return self._map(lambda update: update.grouped(size))

@@ -23,7 +23,8 @@ from torch import Tensor
 from mendlm.errors import FormatError, InputError
 from mendlm.files import read_json, read_tensors, refuse_existing, storing, write_bytes, write_json, write_tensors
 from mendlm.layers import LayerSpec
-from mendlm.methods.mend import Mend, MendConfig
+from mendlm.methods import LEARNED, method_types
+from mendlm.methods.base import Learned
 
 FORMAT = "mendlm-editor-1"
 _T = TypeVar("_T")
@@ -46,13 +47,14 @@ def parse_config(kind: type[_T], values: Mapping[str, Any]) -> _T:
         raise InputError(f"setting '{where}' of {kind.__name__}: {first['msg']}, got {first['input']!r}") from None
 
 
-def save_editor(path: Path, method: Mend, about: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+def save_editor(path: Path, method: Learned, about: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     """Write an editor as one safetensors file; its networks in `dtype` if given, rates and statistics as they are."""
     tensors = {
         name: tensor.to(dtype) if dtype is not None and name.startswith("nets.") else tensor
         for name, tensor in method.state_dict().items()
     }
-    content = {"config": asdict(method.config), "layers": [asdict(spec) for spec in method.specs], "about": dict(about)}
+    layers = [asdict(spec) for spec in method.specs]
+    content = {"method": method.name, "config": asdict(method.config), "layers": layers, "about": dict(about)}
     write_tensors(path, tensors, {"format": FORMAT, "editor": json.dumps(content)})
 
 
@@ -61,7 +63,7 @@ def editor_path(path: Path) -> Path:
     return path / "editor.safetensors" if path.is_dir() else path
 
 
-def load_editor(path: Path) -> tuple[Mend, dict[str, Any]]:
+def load_editor(path: Path) -> tuple[Learned, dict[str, Any]]:
     """Read an editor file, or a run folder's, in float32: the method and what is said about it."""
     path = editor_path(path)
     tensors, metadata = read_tensors(path)
@@ -70,20 +72,24 @@ def load_editor(path: Path) -> tuple[Mend, dict[str, Any]]:
     try:
         content = json.loads(metadata["editor"])
         specs, about = [LayerSpec(**spec) for spec in content["layers"]], dict(content["about"])
+        name = content.get("method", "mend")  # the first editors did not say
+        if name not in LEARNED:
+            raise InputError(f"the method '{name}' is none of {', '.join(LEARNED)}")
+        kind, config = method_types(name)
         with torch.device("meta"):  # the description is checked before it decides how much memory to take
-            method = Mend(specs, parse_config(MendConfig, content["config"]))
+            method: Learned = kind(specs, parse_config(config, content["config"]))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FormatError(f"{path} has a damaged description ({error}); restore it or train the editor again") from None
     _load_state(method, tensors, path)
     return method, about
 
 
-def _load_state(method: Mend, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _load_state(method: Learned, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = method.state_dict()
     different = [name for name in own if name not in tensors or tensors[name].shape != own[name].shape]
     if different or len(tensors) != len(own):
         raise FormatError(f"{path} does not fit its own description (as {(different or sorted(tensors))[0]}); it is damaged")
-    if method.log_rates.is_meta:
+    if next(method.parameters()).is_meta:
         method.to_empty(device="cpu")
     method.load_state_dict(dict(tensors))
 
@@ -150,11 +156,11 @@ class Run:
         assert isinstance(content, dict)
         return content
 
-    def save_editor(self, method: Mend, about: Mapping[str, Any]) -> None:
+    def save_editor(self, method: Learned, about: Mapping[str, Any]) -> None:
         """Write editor.safetensors."""
         save_editor(self.folder / "editor.safetensors", method, {**self.description, **about})
 
-    def save_checkpoint(self, method: Mend, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, method: Learned, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Write checkpoint.safetensors: everything that a resumed run needs, in one file."""
         tensors = {f"editor.{name}": tensor for name, tensor in method.state_dict().items()}
         for number, moments in optimizer.state_dict()["state"].items():
@@ -162,7 +168,7 @@ class Run:
         metadata = {"format": "mendlm-checkpoint-1", "state": json.dumps(state)}
         write_tensors(self.folder / "checkpoint.safetensors", tensors, metadata)
 
-    def load_checkpoint(self, method: Mend, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def load_checkpoint(self, method: Learned, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Put a checkpoint's state back; returns what was saved as `state`."""
         path = self.folder / "checkpoint.safetensors"
         tensors, metadata = read_tensors(path)

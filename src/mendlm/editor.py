@@ -13,7 +13,7 @@ from mendlm.apply import Edit
 from mendlm.checkpoint import editor_path, load_editor
 from mendlm.errors import FormatError
 from mendlm.files import sha256
-from mendlm.methods.mend import Mend
+from mendlm.methods.base import Learned
 from mendlm.models import STARTER, identity
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
@@ -23,7 +23,7 @@ from mendlm.text import Formatter, TargetEnd, by_length, target_ends
 class Editor:
     """Turns requests into edits of one model."""
 
-    def __init__(self, method: Mend, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:
+    def __init__(self, method: Learned, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:
         method.require_fit(model)
         self.method = method.to(model.device).eval()
         self.model, self.formatter, self.about = model, Formatter.of(model, tokenizer), about or {}

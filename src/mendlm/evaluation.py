@@ -6,12 +6,13 @@ for the base model's pass and the edited one. The metrics are defined in `mendlm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class Evaluator:
         """The edits of a chunk, one a group of `num_edits` examples."""
         texts, k = [self.encode(e, e.prompt) for e in examples], self.config.num_edits
         if not self.config.sequential:
-            return self._edit_batch(texts).grouped(k)
+            return self._edit_batch(texts, k)
         stack = self._edit_batch(texts[::k])
         for turn in range(1, k):
             new = []
@@ -123,16 +124,19 @@ class Evaluator:
             stack = stack + join(new)
         return stack
 
-    def _edit_batch(self, texts: list[Encoded]) -> Edit:
+    @torch.no_grad()
+    def _edit_batch(self, texts: list[Encoded], together: int = 1) -> Edit:
         groups = by_length([len(text) for text in texts], limit=self.config.batch_size)
-        edits = []
-        for group in groups:
-            edit = self.method.edit(self.model, self.formatter.batch([texts[i] for i in group]))
-            if not isinstance(edit, Edit):
-                raise InputError(f"the method '{self.method.name}' does not edit weights; it cannot be evaluated in batches")
-            edits.append(edit)
+        parts = [self.method.parts(self.model, self.formatter.batch([texts[i] for i in group])) for group in groups]
         order = torch.tensor([i for group in groups for i in group], device=self.formatter.device)
-        return (join(edits)[order.argsort()] * self.config.scale).require_finite()
+        return (self.method.combine(join(parts)[order.argsort()], together) * self.config.scale).require_finite()
+
+    @contextlib.contextmanager
+    def _under(self, edit: Edit, routing: Tensor) -> Iterator[None]:
+        """Run the model with each row's edit, on what the method changed of the base."""
+        change = self.method.changed_base()
+        with change.on(self.model) if change is not None else contextlib.nullcontext(), edit.on(self.model, routing):
+            yield
 
     @torch.no_grad()
     def score(self, texts: Sequence[tuple[int, Encoded]], edit: Edit) -> list[_Score]:
@@ -143,7 +147,7 @@ class Evaluator:
             routing = torch.tensor([texts[i][0] for i in group], device=self.formatter.device)
             with self.trunk.record() as tape:
                 base = scored_logits(self.model, batch)
-            with self.trunk.replay(tape), edit.on(self.model, routing):
+            with self.trunk.replay(tape), self._under(edit, routing):
                 edited = scored_logits(self.model, batch)
             assert not bool((batch.label == NO_LABEL).any())
 
@@ -170,7 +174,7 @@ class Evaluator:
             if edit is None:
                 found = self.formatter.generate(self.model, prompts, longest)
             else:
-                with edit.on(self.model, routing):
+                with self._under(edit, routing):
                     found = self.formatter.generate(self.model, prompts, longest)
             for index, tokens in zip(group, found, strict=True):
                 answers[index] = self.formatter.decode(tokens)

@@ -29,14 +29,14 @@ Gradient = dict[str, LowRank]
 class Recording:
     """The layers' inputs and gradient edges of the passes run inside `record`."""
 
-    def __init__(self, specs: Sequence[LayerSpec]) -> None:
-        self.specs = tuple(specs)
+    def __init__(self, specs: Sequence[LayerSpec], *, differentiable: bool = False) -> None:
+        self.specs, self.differentiable = tuple(specs), differentiable
         self._calls: dict[str, list[tuple[Tensor, GradientEdge]]] = {spec.name: [] for spec in specs}
 
     def _keep(self, name: str, u: Tensor, output: Tensor) -> Tensor:
         if not output.requires_grad:
             output.requires_grad_()
-        self._calls[name].append((u.detach(), get_gradient_edge(output)))
+        self._calls[name].append((u if self.differentiable else u.detach(), get_gradient_edge(output)))
         return output.clone()
 
     def gradient(self, loss: Float[Tensor, ""], size: int | None = None) -> Gradient:
@@ -50,7 +50,7 @@ class Recording:
         if silent:
             raise LayerError(f"the forward pass never reached {', '.join(silent)}; choose layers that it uses")
         edges = [edge for calls in self._calls.values() for _, edge in calls]
-        deltas = iter(torch.autograd.grad(loss, edges, allow_unused=True))
+        deltas = iter(torch.autograd.grad(loss, edges, allow_unused=True, create_graph=self.differentiable))
         gradient: Gradient = {}
         for spec in self.specs:
             parts = []
@@ -64,17 +64,18 @@ class Recording:
 
 
 @contextlib.contextmanager
-def record(model: nn.Module, layers: Sequence[LayerSpec]) -> Iterator[Recording]:
+def record(model: nn.Module, layers: Sequence[LayerSpec], *, differentiable: bool = False) -> Iterator[Recording]:
     """Record the given layers during the forward passes inside the block.
 
         with record(model, select(model, ["*.mlp.down_proj"])) as recording:
             loss = model(**inputs, labels=labels).loss
         gradient = recording.gradient(loss)
 
+    With `differentiable`, the rows are functions of what the pass depended on, for gradients of gradients; else constants.
     Works on frozen models and on models that are being trained. Gradient checkpointing, which would run layers twice,
     is off inside the block.
     """
-    recording = Recording(layers)
+    recording = Recording(layers, differentiable=differentiable)
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
 
     def hook_for(name: str) -> Any:

@@ -20,20 +20,19 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mendlm.apply import join
+from mendlm.apply import Edit, join
 from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, require
 from mendlm.files import locked
 from mendlm.losses import all_by_row, token_kl, token_nll
-from mendlm.methods.mend import Mend
-from mendlm.recording import record
+from mendlm.methods.base import Learned
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -52,10 +51,10 @@ class TrainConfig:
     """Requests a step, each with its own edit."""
     num_edits: int = 1
     """Requests edited at once: their updates are summed, and each is judged under the sum."""
-    learning_rate: float = 1.5e-3
-    """Adam's rate for the editor networks; the paper has 1e-6."""
+    learning_rate: float | None = None
+    """Adam's rate; by default what suits the method, 1.5e-3 for MEND. The paper has 1e-6."""
     rates_learning_rate: float = 5e-2
-    """Adam's rate for the logarithms of the learned per-layer rates."""
+    """Adam's rate for what the method learns by its logarithm: the per-layer rates."""
     final_learning_rate: float = 0.05
     """Both rates fall along a half cosine to this share of themselves at the last step."""
     clip: float = 1.0
@@ -99,7 +98,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "rates_learning_rate", "clip", "edit_weight", "locality_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise InputError(f"{name} must be 0 or a positive finite number, got {getattr(self, name)}")
         for name in ("own_locality", "continuation_share", "chat_share", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
@@ -157,7 +156,7 @@ def draw(
 
 
 def outer_loss(
-    method: Mend,
+    method: Learned,
     model: Any,
     formatter: Formatter,
     trunk: Trunk,
@@ -167,54 +166,62 @@ def outer_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The outer loss summed over the requests, and sums of what is worth watching; nothing is synchronised.
 
-    Differentiable in the method's parameters. `u` and `delta` are constants. `cache` remembers the trunk's outputs.
+    Differentiable in the method's parameters. Each pass is differentiated as soon as it has run, down to the edit alone,
+    so that one group of texts holds its activations at a time; the result carries these gradients on to the method.
+    `cache` remembers the trunk's outputs.
     """
-    base: Tensor | None
     run = (trunk if cache is None else cache).run
-    passes: list[tuple[str, list[int], Batch, Any, Tensor | None]] = []
-    edits, order = [], []
+    passes: list[tuple[str, list[int], Batch, Any]] = []
+    parts, order = [], []
     for group in by_length([len(d.edit) for d in drawn]):
         batch = formatter.batch([drawn[i].edit for i in group])
         tape = run(model, batch.inputs)
-        with trunk.replay(tape), record(model, method.specs) as recording:
-            logits = scored_logits(model, batch)
-            loss = token_nll(logits, batch.label, batch.row, batch.size).sum()
-        edits.append(method.transform(recording.gradient(loss, batch.size)))
-        passes.append(("success", group, batch, tape, None))
+        with trunk.replay(tape):
+            parts.append(method.parts(model, batch))
+        passes.append(("success", group, batch, tape))
         order += group
     place = torch.tensor(order, device=formatter.device).argsort()
-    edit = join(edits)[place]
-    if config.num_edits > 1:
-        edit = edit.grouped(config.num_edits)
+    made, change = method.combine(join(parts)[place], config.num_edits), method.changed_base()
+    for name, texts in (("generality", [d.rephrasing for d in drawn]), ("locality", [d.unrelated for d in drawn])):
+        watched = [(i, text) for i, text in enumerate(texts) if text is not None]
+        for positions in by_length([len(text) for _, text in watched]):
+            batch = formatter.batch([watched[p][1] for p in positions])
+            passes.append((name, [watched[p][0] for p in positions], batch, run(model, batch.inputs)))
 
-    for group in by_length([len(d.rephrasing) for d in drawn]):
-        batch = formatter.batch([drawn[i].rephrasing for i in group])
-        passes.append(("generality", group, batch, run(model, batch.inputs), None))
-    watched = [(i, d.unrelated) for i, d in enumerate(drawn) if d.unrelated is not None]
-    for positions in by_length([len(text) for _, text in watched]):
-        batch = formatter.batch([watched[p][1] for p in positions])
-        tape = run(model, batch.inputs)
-        with torch.no_grad(), trunk.replay(tape):
-            base = scored_logits(model, batch)
-        passes.append(("locality", [watched[p][0] for p in positions], batch, tape, base))
-
+    edit, changed = made.leaves(), change.leaves() if change is not None else None
+    pairs = [(t, leaf) for t, leaf in zip(_tensors(made, change), _tensors(edit, changed), strict=True) if leaf.requires_grad]
+    slopes = [torch.zeros_like(leaf) for _, leaf in pairs]
     zero = torch.zeros((), device=formatter.device)
     sums = dict.fromkeys(("edit_loss", "locality_loss", "success", "generality", "locality"), zero)
-    for name, group, batch, tape, base in passes:
+    for name, group, batch, tape in passes:
         routing = torch.tensor(group, device=formatter.device) // config.num_edits
-        with trunk.replay(tape), edit.on(model, routing):
-            logits = scored_logits(model, batch)
+        with trunk.replay(tape):
+            if name == "locality":
+                with torch.no_grad():
+                    base = scored_logits(model, batch)
+            with changed.on(model) if changed is not None else contextlib.nullcontext(), edit.on(model, routing):
+                logits = scored_logits(model, batch)
         found = logits.detach().argmax(-1)
-        if base is None:
-            loss = token_nll(logits, batch.label, batch.row, batch.size).sum() / 2
-            sums["edit_loss"] = sums["edit_loss"] + loss
-            right = (found == batch.label) | batch.is_end
-        else:
-            sums["locality_loss"] = sums["locality_loss"] + token_kl(base, logits, batch.row, batch.size).sum()
+        if name == "locality":
+            kind, weight = "locality_loss", config.locality_weight
+            loss = token_kl(base, logits, batch.row, batch.size).sum()
             right = found == base.argmax(-1)
+        else:
+            kind, weight = "edit_loss", config.edit_weight
+            loss = token_nll(logits, batch.label, batch.row, batch.size).sum() / 2
+            right = (found == batch.label) | batch.is_end
+        if loss.requires_grad:
+            found_slopes = torch.autograd.grad(weight * loss, [leaf for _, leaf in pairs], allow_unused=True)
+            slopes = [a if b is None else a + b for a, b in zip(slopes, found_slopes, strict=True)]
+        sums[kind] = sums[kind] + loss.detach()
         sums[name] = sums[name] + all_by_row(right, batch.row, batch.size).sum()
     total = config.edit_weight * sums["edit_loss"] + config.locality_weight * sums["locality_loss"]
-    return total, {"loss": total, **sums}
+    linear = sum(((tensor * slope).sum() for (tensor, _), slope in zip(pairs, slopes, strict=True)), start=zero)
+    return total + (linear - linear.detach()), {"loss": total, **sums}
+
+
+def _tensors(*edits: Edit | None) -> list[Tensor]:
+    return [tensor for edit in edits if edit is not None for tensor in edit.tensors()]
 
 
 class Trainer:
@@ -222,7 +229,7 @@ class Trainer:
 
     def __init__(
         self,
-        method: Mend,
+        method: Learned,
         model: Any,
         tokenizer: Any,
         data: Dataset,
@@ -235,6 +242,8 @@ class Trainer:
         self.accelerator = require("accelerate", "train").Accelerator(
             cpu=model.device.type == "cpu", log_with=config.tracker, project_dir=str(run.folder)
         )
+        if config.learning_rate is None:
+            config = replace(config, learning_rate=method.learning_rate)
         self.method, self.model, self.config, self.run = method, model, config, run
         self.data, self.valid = data.examples, valid.examples[: config.valid_examples] if valid else ()
         self.sources = [probe for source in locality for probe in source.probes]
@@ -243,12 +252,9 @@ class Trainer:
         model.eval()
         self.trunk = Trunk.below(model, method.specs) if config.replay else Trunk(())
         self.cache = TrunkCache(self.trunk, model, trunk_cache) if trunk_cache is not None else None
-        networks = [p for p in method.parameters() if p is not method.log_rates]
-        groups = [
-            {"params": networks, "lr": config.learning_rate},
-            {"params": [method.log_rates], "lr": config.rates_learning_rate},
-        ]
-        self.optimizer = torch.optim.Adam(groups)
+        rates = {id(parameter) for parameter in method.rates()}
+        networks = [parameter for parameter in method.parameters() if id(parameter) not in rates]
+        self.optimizer = torch.optim.Adam([{"params": networks}, {"params": method.rates()}])
         self.step, self.best, self.best_step = 0, float("inf"), 0
 
     def batch(self, step: int) -> list[EditExample]:
@@ -264,12 +270,12 @@ class Trainer:
         rngs = (random.Random(f"{self.config.seed}/{stream}/{i}") for i in range(len(examples)))
         return [draw(e, self.sources, self.formatter, self.config, rng) for e, rng in zip(examples, rngs, strict=True)]
 
-    def fit_normalizer(self) -> None:
+    def prepare(self) -> None:
         """The first pass over training requests, which fixes the editor's statistics."""
         examples = [e for s in range(-(-self.config.normalizer_examples // self.config.batch_size)) for e in self.batch(s)]
         drawn = self._drawn(examples[: self.config.normalizer_examples], "normalizer")
         for group in by_length([len(d.edit) for d in drawn], limit=self.config.batch_size):
-            self.method.fit_normalizer(self.method.gradient(self.model, self.formatter.batch([drawn[i].edit for i in group])))
+            self.method.prepare(self.model, self.formatter.batch([drawn[i].edit for i in group]))
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step; the mean over the step's requests of everything watched."""
@@ -278,6 +284,7 @@ class Trainer:
         factor = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         rates = (self.config.learning_rate, self.config.rates_learning_rate)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            assert rate is not None
             group["lr"] = rate * factor
         drawn = self._drawn(self.batch(self.step), f"step/{self.step}")
         processes, k = self.accelerator.num_processes, self.config.num_edits
@@ -356,7 +363,7 @@ class Trainer:
 
 
 def train(
-    method: Mend,
+    method: Learned,
     model: Any,
     tokenizer: Any,
     data: Dataset,
@@ -397,12 +404,12 @@ def train(
     main = trainer.accelerator.is_main_process
     with locked(run.folder) if main else contextlib.nullcontext():
         if resume:
-            run.continue_with({"training": asdict(config), "editor": asdict(method.config), **described})
+            run.continue_with({"training": asdict(trainer.config), "editor": asdict(method.config), **described})
             trainer.resume()
         else:
             if main:
-                run.create({"training": asdict(config), "editor": asdict(method.config), **described, **(about or {})})
-            trainer.fit_normalizer()
+                run.create({"training": asdict(trainer.config), "editor": asdict(method.config), **described, **(about or {})})
+            trainer.prepare()
             trainer.save()
         if config.tracker:
             trainer.accelerator.init_trackers("mendlm", config=json.loads(json.dumps(asdict(config))))

@@ -20,6 +20,10 @@ LINE_SECONDS = 20
 
 Model = Annotated[str, typer.Option("--model", help="'starter', a Hugging Face folder, or a hub id.")]
 EditorOption = Annotated[str | None, typer.Option("--editor", help="A run folder or editor file; the starter has its own.")]
+MethodOption = Annotated[
+    str | None,
+    typer.Option("--method", help="mend, malmen, ke, enn (trained), ft, ft-kl, ft-strong or lora; a run says its own."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one).")]
@@ -105,3 +109,45 @@ def open_editor(editor: str | None, source: str, model: Any, tokenizer: Any, *, 
             "and name it with --editor RUN"
         )
     return Editor.load(editor or "starter", model, tokenizer, force=force)
+
+
+def open_method(
+    name: str | None,
+    values: dict[str, Any],
+    editor: str | None,
+    source: str,
+    model: Any,
+    tokenizer: Any,
+    unrelated: Iterable[Any] = (),
+    *,
+    force: bool = False,
+) -> Any:
+    """The method asked for, for a loaded model: a trained one from its run, or one that needs no training.
+
+    `values` are the settings of the latter; `unrelated` gives texts to those that watch some. A run says its own method,
+    so that `name` may be left out.
+    """
+    from mendlm.checkpoint import parse_config
+    from mendlm.errors import InputError
+    from mendlm.layers import default_layers, select
+    from mendlm.methods import LEARNED, method_types
+    from mendlm.text import Formatter
+
+    if name is not None:
+        kind, config = method_types(name)
+    if name is None or name in LEARNED:
+        if values:
+            raise InputError(f"'{next(iter(values))}' is no setting here: a trained editor keeps the settings of its run")
+        if editor is None and name not in (None, "mend"):
+            raise InputError(f"the method '{name}' has to be trained: mendlm train --method {name} ..., then --editor RUN")
+        method = open_editor(editor, source, model, tokenizer, force=force).method
+        if name not in (None, method.name):
+            raise InputError(f"--editor {editor} is an editor of the method '{method.name}', not '{name}'")
+        return method
+    if editor is not None:
+        raise InputError(f"the method '{name}' has no editor; leave --editor out")
+    settings = parse_config(config, values)
+    formatter = Formatter.of(model, tokenizer)
+    probes = [probe for dataset in unrelated for probe in dataset.probes[:256]] if settings.kl_weight else []
+    texts = [formatter.batch([formatter.encode(probe.prompt, probe.answer)]) for probe in probes]
+    return kind(select(model, settings.layers) if settings.layers else default_layers(model), settings, texts)

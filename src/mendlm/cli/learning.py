@@ -25,6 +25,7 @@ def train(
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="The run folder.")],
     model: common.Model = "starter",
+    method: Annotated[str, typer.Option("--method", help="mend, malmen, ke or enn.")] = "mend",
     valid: Annotated[str | None, typer.Option("--valid", help="TASK:PATH of requests to validate on.")] = None,
     locality: Locality = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML with [editor] and [training] settings.")] = None,
@@ -51,12 +52,15 @@ def train(
     from mendlm.editor import base_of
     from mendlm.files import refuse_existing
     from mendlm.layers import default_layers, select
-    from mendlm.methods.mend import Mend, MendConfig
+    from mendlm.methods import LEARNED, method_types
     from mendlm.tasks import combine, load_edits, load_unrelated
     from mendlm.training import Progress, TrainConfig
     from mendlm.training import train as run_training
 
-    mend_config, train_config = parse_config(MendConfig, editor_values), parse_config(TrainConfig, values)
+    if method not in LEARNED:
+        raise InputError(f"the method '{method}' cannot be trained; those that can are {', '.join(LEARNED)}")
+    kind, config_type = method_types(method)
+    editor_config, train_config = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
     if not resume:
         refuse_existing(out, force=False)
     requests = combine([load_edits(source, skip_bad=skip_bad) for source in data])
@@ -65,9 +69,9 @@ def train(
     loaded, tokenizer = common.open_model(
         model, seed=train_config.seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
-    specs = select(loaded, mend_config.layers) if mend_config.layers else default_layers(loaded)
-    method = Mend(specs, mend_config)
-    count = sum(parameter.numel() for parameter in method.parameters())
+    specs = select(loaded, editor_config.layers) if editor_config.layers else default_layers(loaded)
+    learned = kind.for_model(loaded, specs, editor_config)
+    count = sum(parameter.numel() for parameter in learned.parameters())
     common.note(f"{len(requests.examples)} requests; editing {len(specs)} layers with an editor of {count:,} parameters")
 
     stopping: list[int] = []
@@ -84,7 +88,7 @@ def train(
                 show(now.step, now.steps, detail)
 
             run: Run = run_training(
-                method,
+                learned,
                 loaded,
                 tokenizer,
                 requests,
@@ -150,14 +154,14 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Folder for results.jsonl and summary.json.")],
     model: common.Model = "starter",
     editor: common.EditorOption = None,
-    method: Annotated[str, typer.Option("--method", help="mend, or ft (fine-tuning).")] = "mend",
+    method: common.MethodOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N requests.")] = None,
     num_edits: Annotated[int, typer.Option("--num-edits", min=1, help="Requests edited together.")] = 1,
     sequential: Annotated[bool, typer.Option("--sequential", help="Edits of a group one after another.")] = False,
     locality: Locality = None,
     chat: Annotated[bool, typer.Option("--chat", help="Pose prompts as chat turns.")] = False,
     scale: Annotated[float, typer.Option("--scale", help="Strength of the edits.")] = 1.0,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the evaluation or of ft.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of evaluation or method.")] = None,
     force: common.Force = False,
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
@@ -168,10 +172,6 @@ def evaluate(
     from_wheel: common.FromWheel = None,
 ) -> None:
     """Edit and score every request; writes results.jsonl (a row an edit) and summary.json."""
-    if method not in ("mend", "ft"):
-        raise InputError(f"unknown method '{method}'; choose mend or ft")
-    if method == "ft" and editor is not None:
-        raise InputError("fine-tuning has no editor; leave --editor out")
     _, values = read_settings(None, settings or [])
 
     from mendlm.checkpoint import parse_config
@@ -179,16 +179,11 @@ def evaluate(
     from mendlm.evaluation import EvaluationConfig
     from mendlm.evaluation import evaluate as run_evaluation
     from mendlm.files import refuse_existing
-    from mendlm.layers import default_layers, select
-    from mendlm.methods.finetune import FineTune, FineTuneConfig
     from mendlm.tasks import load_edits, load_unrelated
 
-    tuning = FineTuneConfig.__dataclass_fields__
     given = {"num_edits": num_edits, "sequential": sequential, "chat": chat, "scale": scale, "seed": seed}
-    tuning_values = {name: value for name, value in values.items() if method == "ft" and name in tuning}
-    others = {name: value for name, value in values.items() if name not in tuning_values}
-    evaluation_config = parse_config(EvaluationConfig, {**given, **others})
-    tuning_config = parse_config(FineTuneConfig, tuning_values)
+    own = {name: value for name, value in values.items() if name in EvaluationConfig.__dataclass_fields__}
+    evaluation_config = parse_config(EvaluationConfig, {**given, **own})
     refuse_existing(out, force=force)
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
@@ -198,18 +193,13 @@ def evaluate(
     base = base_of(loaded)
     about: dict[str, Any] = {"model": base["name"], "model_sha256": base["sha256"], "dtype": base["dtype"]}
     about["command"] = command_line(sys.argv)
-    if method == "ft":
-        specs = select(loaded, tuning_config.layers) if tuning_config.layers else default_layers(loaded)
-        chosen: Any = FineTune(specs, tuning_config)
-        about["method_config"] = asdict(tuning_config)
-    else:
-        opened = common.open_editor(editor, model, loaded, tokenizer, force=force)
-        chosen, specs = opened.method, list(opened.method.specs)
-        about["method_config"] = asdict(chosen.config)
+    others = {name: value for name, value in values.items() if name not in own}
+    chosen = common.open_method(method, others, editor, model, loaded, tokenizer, unrelated, force=force)
+    about["method_config"] = asdict(chosen.config)
     with common.progress("evaluating") as show:
         results = run_evaluation(
             chosen,
-            specs,
+            chosen.specs,
             loaded,
             tokenizer,
             requests,

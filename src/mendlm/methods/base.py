@@ -1,12 +1,21 @@
-"""What an editing method is."""
+"""What an editing method is, and what one is that learns."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from mendlm.apply import Intervention
-from mendlm.text import Batch
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mendlm.apply import Edit, Intervention
+from mendlm.errors import InputError, LayerError
+from mendlm.layers import LayerSpec, editable
+from mendlm.losses import token_nll
+from mendlm.recording import Gradient, record
+from mendlm.text import Batch, scored_logits
 
 
 class Method(ABC):
@@ -22,3 +31,82 @@ class Method(ABC):
         Recorded on the model as it runs now: under the edits that are active around the call. Weights and `.grad` of the
         model are left alone.
         """
+
+    def parts(self, model: Any, batch: Batch) -> Edit:
+        """What `combine` makes edits of, one part for each example: for most methods, finished edits."""
+        found = self.edit(model, batch)
+        if not isinstance(found, Edit):
+            raise InputError(f"the method '{self.name}' does not edit weights, so that its edits cannot be batched or summed")
+        return found
+
+    def combine(self, parts: Edit, size: int) -> Edit:
+        """One edit for each `size` consecutive parts, for requests that are edited at once: here their sum."""
+        return parts.grouped(size)
+
+    def changed_base(self) -> Edit | None:
+        """What the method has changed of the model itself. Its edits are made and used on top of that; most have none."""
+        return None
+
+
+class Learned(nn.Module, Method):
+    """A method with parameters of its own, which `mendlm.train` trains. Untrained until then."""
+
+    learning_rate: ClassVar[float]
+    """A rate of Adam that suits the parameters."""
+
+    def __init__(self, specs: Sequence[LayerSpec], config: Any) -> None:
+        super().__init__()
+        self.specs, self.config = tuple(specs), config
+        if not self.specs:
+            raise LayerError("an editor needs at least one layer to edit")
+
+    @classmethod
+    def for_model(cls, model: Any, specs: Sequence[LayerSpec], config: Any) -> Learned:
+        """An untrained method for a model, from which it may read a size that its configuration must hold."""
+        return cls(specs, config)
+
+    @abstractmethod
+    def parts(self, model: Any, batch: Batch) -> Edit:
+        """What `combine` makes edits of, one part for each example; both are differentiable in the method's parameters."""
+
+    @torch.no_grad()
+    def edit(self, model: Any, batch: Batch) -> Edit:
+        """One edit for each example: one forward pass and one backward pass down to the lowest edited layer."""
+        return self.combine(self.parts(model, batch), 1)
+
+    def prepare(self, model: Any, batch: Batch) -> None:
+        """See some training requests before the first step."""
+
+    def rates(self) -> list[nn.Parameter]:
+        """The parameters that are logarithms of step sizes and the like: they learn at a rate of their own."""
+        return []
+
+    def record(
+        self, model: Any, batch: Batch, *, differentiable: bool = False
+    ) -> tuple[Gradient, Float[Tensor, "scored vocab"]]:
+        """The gradient of each example's NLL for the method's layers, one matrix an example; and the scored logits."""
+        with record(model, self.specs, differentiable=differentiable) as recording:
+            logits = scored_logits(model, batch)
+            loss = token_nll(logits, batch.label, batch.row, batch.size).sum()
+        return recording.gradient(loss, batch.size), logits.detach()
+
+    def gradient(self, model: Any, batch: Batch) -> Gradient:
+        """The gradient of each example's NLL for the method's layers, one matrix an example."""
+        return self.record(model, batch)[0]
+
+    def require_fit(self, model: nn.Module) -> None:
+        """Raise `LayerError` unless the model has all of the editor's layers in their shapes."""
+        available = editable(model)
+        for spec in self.specs:
+            found = available.get(spec.name)
+            if found is None or found.shape != spec.shape:
+                has = "has no such layer" if found is None else f"has it in shape {found.shape}"
+                raise LayerError(
+                    f"the editor was trained for '{spec.name}' of shape {spec.shape}, but this model {has}; "
+                    "use the model it was trained for, or train an editor for this one"
+                )
+
+
+def transposed(specs: Sequence[LayerSpec]) -> frozenset[str]:
+    """The names of the layers whose weights are stored (d_in, d_out), as an `Edit` wants them."""
+    return frozenset(spec.name for spec in specs if spec.transposed)

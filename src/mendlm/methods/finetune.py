@@ -1,11 +1,17 @@
-"""Fine-tuning on the request itself: the yardstick.
+"""Fine-tuning on the request itself: the yardsticks.
 
-A few steps of RMSprop, Adam or SGD on the edited layers until every target token is the argmax, as the paper's FT. The
-dense change is a parameter of the overlay, so no weight is touched, and the trunk runs once for all steps.
+Gradient descent on the edited layers until every target token is the argmax (FT). Its variants are values of its fields:
+
+- `ft-kl`: beside `c_e * NLL`, the KL between the base's and the edited model's distributions on one new unrelated text a step;
+- `ft-strong`: one matrix, and on until the target is likely, not only the argmax: what later work found stronger;
+- `lora`: the change of each matrix is a product of rank r.
+
+The change is a parameter of the overlay, so no weight is touched, and the trunk runs once for all steps.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,9 +22,9 @@ from torch import Tensor
 from mendlm.apply import Edit, applied, join
 from mendlm.errors import InputError
 from mendlm.layers import LayerSpec
-from mendlm.losses import token_nll
+from mendlm.losses import token_kl, token_nll
 from mendlm.lowrank import LowRank
-from mendlm.methods.base import Method
+from mendlm.methods.base import Method, transposed
 from mendlm.replay import Trunk
 from mendlm.text import Batch, scored_logits
 
@@ -31,48 +37,122 @@ class FineTuneConfig:
 
     layers: tuple[str, ...] = ()
     """Patterns of the layers to change; empty: the paper's choice for the architecture."""
+    last_only: bool = False
+    """Change only the last of those layers."""
     rate: float = 1e-4
     """Learning rate; the paper has 5e-6 for GPT, 1e-4 for T5, 1e-6 for its small models."""
     steps: int = 100
-    """The most steps; it stops as soon as every target token is the argmax."""
+    """The most steps."""
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
+    stop_nll: float | None = None
+    """Stop at this mean NLL of the target's tokens; by default as soon as every one of them is the argmax."""
+    edit_weight: float = 1.0
+    """c_e, the weight of the NLL."""
+    kl_weight: float = 0.0
+    """Weight of the KL on one unrelated text a step."""
+    rank: int | None = None
+    """Rank of each matrix's change; none: dense."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.rate > 0:
             raise InputError(f"fine-tuning needs steps of at least 1 and a rate above 0, got {self.steps} and {self.rate}")
+        if not self.edit_weight > 0 or self.kl_weight < 0:
+            raise InputError(f"edit_weight must be above 0 and kl_weight at least 0: {self.edit_weight} and {self.kl_weight}")
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"rank must be at least 1, got {self.rank}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneKLConfig(FineTuneConfig):
+    """FT+KL, with the paper's weights."""
+
+    edit_weight: float = 1e-2
+    kl_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneStrongConfig(FineTuneConfig):
+    """The stronger variant."""
+
+    last_only: bool = True
+    rate: float = 1e-3
+    steps: int = 40
+    optimizer: Literal["rmsprop", "adam", "sgd"] = "adam"
+    stop_nll: float | None = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(FineTuneConfig):
+    """Low-rank fine-tuning."""
+
+    rank: int | None = 8
+    rate: float = 1e-2
+    steps: int = 20
+    optimizer: Literal["rmsprop", "adam", "sgd"] = "adam"
 
 
 class FineTune(Method):
-    """Fine-tuning on the exact prompt, one request at a time."""
+    """Fine-tuning on the exact prompt, one request at a time. `unrelated` are single texts for the KL, taken in turn."""
 
-    name = "ft"
-
-    def __init__(self, specs: Sequence[LayerSpec], config: FineTuneConfig | None = None) -> None:
-        self.specs = tuple(specs)
+    def __init__(
+        self, specs: Sequence[LayerSpec], config: FineTuneConfig | None = None, unrelated: Sequence[Batch] = ()
+    ) -> None:
         self.config = config or FineTuneConfig()
+        self.specs = tuple(specs)[-1:] if self.config.last_only else tuple(specs)
+        names = {FineTuneKLConfig: "ft-kl", FineTuneStrongConfig: "ft-strong", LoRAConfig: "lora"}
+        self.name = names.get(type(self.config), "ft")  # type: ignore[misc]
+        if self.config.kl_weight and not unrelated:
+            raise InputError(f"the method '{self.name}' watches unrelated texts while it tunes; give it some, by --locality")
+        self._unrelated = itertools.cycle(unrelated)
 
     def edit(self, model: Any, batch: Batch) -> Edit:
-        """One edit for each example, as dense updates (`u = I`)."""
+        """One edit for each example; dense changes have `u = I`."""
         return join([self._edit_one(model, _example(batch, index)) for index in range(batch.size)])
 
+    def _start(self, spec: LayerSpec, device: torch.device) -> tuple[LowRank, list[Tensor]]:
+        """A change of zero, and what of it is tuned."""
+        if self.config.rank is None:
+            update = LowRank.from_dense(torch.zeros(spec.d_out, spec.d_in, device=device))
+            return update, [update.delta.requires_grad_()]
+        rng = torch.Generator().manual_seed(0)
+        u = torch.randn(self.config.rank, spec.d_in, generator=rng).to(device) / spec.d_in**0.5
+        update = LowRank(u, torch.zeros(self.config.rank, spec.d_out, device=device))
+        return update, [update.u.requires_grad_(), update.delta.requires_grad_()]
+
+    @torch.enable_grad()
     def _edit_one(self, model: Any, batch: Batch) -> Edit:
         trunk = Trunk.below(model, self.specs)
-        zeros = {spec.name: torch.zeros(spec.d_out, spec.d_in, device=model.device) for spec in self.specs}
-        updates = {name: LowRank.from_dense(zero) for name, zero in zeros.items()}
-        changes = [update.delta.requires_grad_() for update in updates.values()]
-        edit = Edit(updates, frozenset(spec.name for spec in self.specs if spec.transposed))
+        starts = {spec.name: self._start(spec, model.device) for spec in self.specs}
+        edit = Edit({name: update for name, (update, _) in starts.items()}, transposed(self.specs))
+        changes = [tensor for _, tuned in starts.values() for tensor in tuned]
         optimizer = _OPTIMIZERS[self.config.optimizer](changes, lr=self.config.rate)
         tape = trunk.run(model, batch.inputs)
         for _ in range(self.config.steps):
-            with torch.enable_grad(), trunk.replay(tape), applied(model, edit):
+            with trunk.replay(tape), applied(model, edit):
                 logits = scored_logits(model, batch)
                 loss = token_nll(logits, batch.label, batch.row, batch.size).sum()
-            if bool((logits.argmax(-1) == batch.label).all()):
+            if self._done(logits, loss, batch):
                 break
+            loss = self.config.edit_weight * loss
+            if self.config.kl_weight:
+                loss = loss + self.config.kl_weight * self._kl(model, edit)
             for change, slope in zip(changes, torch.autograd.grad(loss, changes), strict=True):
                 change.grad = slope
             optimizer.step()
         return edit.detach()._map(lambda update: LowRank(update.u[None], update.delta[None]))
+
+    def _done(self, logits: Tensor, nll: Tensor, batch: Batch) -> bool:
+        if self.config.stop_nll is None:
+            return bool((logits.argmax(-1) == batch.label).all())
+        return nll.item() <= self.config.stop_nll
+
+    def _kl(self, model: Any, edit: Edit) -> Tensor:
+        batch = next(self._unrelated)
+        with torch.no_grad():
+            base = scored_logits(model, batch)
+        with applied(model, edit):
+            edited = scored_logits(model, batch)
+        return token_kl(base, edited, batch.row, batch.size).sum()
 
 
 def _example(batch: Batch, index: int) -> Batch:

@@ -1,0 +1,194 @@
+"""The editor network of MEND, which MALMEN shares: it turns the rows of a gradient into other rows.
+
+Mitchell et al., "Fast Model Editing at Scale", ICLR 2022. For each token of the request and each edited layer, with
+`u` the layer's input and `delta` the gradient at its output:
+
+    z  = concat(norm(u), norm(delta))
+    h  = z + relu(s1 * (U1 V1 z + b) + o1)
+    g  = h + relu(s2 * U2 V2 h + o2),    split into u~, delta~
+
+One network per distinct weight shape, shared across layers; `s`, `o` and the learned rate `alpha` are per layer. `U`
+starts at zero, so the network starts as the identity.
+
+Knows rows and layers; knows no data and no training.
+
+Legend: `z` (layers, *batch, rows, d_in + d_out); `width` = d_in + d_out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mendlm.errors import InputError
+from mendlm.layers import LayerSpec
+from mendlm.lowrank import LowRank
+from mendlm.methods.base import Learned
+from mendlm.recording import Gradient
+from mendlm.text import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The editor network's shape. The paper's ablations are values of these fields."""
+
+    layers: tuple[str, ...] = ()
+    """Patterns of the layers to edit (see `mendlm.layers.select`); empty: the paper's choice for the architecture."""
+    rank: int = 256
+    """Rank of the networks' hidden products U V; the paper has 1920."""
+    shared: bool = True
+    """One network per weight shape, shared across layers; else one per layer."""
+    normalize: bool = True
+    """Zero mean and unit variance of the networks' inputs, by statistics over the training edits."""
+    init: Literal["identity", "xavier"] = "identity"
+    """Start of U: zeros, so that the network is the identity; or Xavier uniform."""
+    inputs: Literal["both", "u", "delta", "smaller"] = "both"
+    """What the networks see and change; the other factor passes through. `smaller`: whichever has fewer dimensions."""
+    initial_rate: float = 5e-4
+    """Where each layer's learned rate alpha starts."""
+    normalizer_follows: bool = False
+    """Let the statistics keep updating while editing, instead of freezing them after the first pass."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"rank must be at least 1, got {self.rank}")
+        if not self.initial_rate > 0:
+            raise InputError(f"initial_rate must be above 0, got {self.initial_rate}")
+
+
+class Normalizer(nn.Module):
+    """Running mean and variance per dimension, merged batch by batch (Chan, Golub and LeVeque, 1979).
+
+    Its state, the count included, lives in buffers, so that it is saved and resumed.
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("squares", torch.zeros(width))
+
+    @torch.no_grad()
+    def update(self, z: Float[Tensor, "*batch width"], counts: Bool[Tensor, "*batch"]) -> None:
+        """Take in the rows that count."""
+        weight = counts.unsqueeze(-1).to(z.dtype)
+        lead = tuple(range(z.dim() - 1))
+        new = weight.sum().double()
+        mean = (z * weight).sum(lead) / new.clamp(min=1).to(z.dtype)
+        squares = ((z - mean).square() * weight).sum(lead)
+        total = (self.count + new).clamp(min=1)
+        shift = mean - self.mean
+        self.squares += squares + shift.square() * (self.count * new / total).to(z.dtype)
+        self.mean += shift * (new / total).to(z.dtype)
+        self.count += new
+
+    def forward(self, z: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """`(z - mean) / std`, with a floor of 1e-6 of the largest std. Before there are statistics, z itself."""
+        std = (self.squares / (self.count - 1).clamp(min=1).to(z.dtype)).sqrt()
+        floor = (1e-6 * std.max()).clamp(min=torch.finfo(z.dtype).tiny)
+        return (z - self.mean) / torch.where(self.count > 1, std.clamp(min=floor), 1.0)
+
+
+class EditorNet(nn.Module):
+    """The paper's network `g` for `layers` layers of one shape: two low-rank residual blocks."""
+
+    def __init__(self, width: int, layers: int, rank: int, init: Literal["identity", "xavier"]) -> None:
+        super().__init__()
+        self.U = nn.Parameter(torch.zeros(2, width, rank))
+        self.V = nn.Parameter(torch.empty(2, rank, width))
+        self.b = nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.ones(2, layers, width))
+        self.shift = nn.Parameter(torch.zeros(2, layers, width))
+        for block in range(2):
+            nn.init.xavier_uniform_(self.V[block])
+            if init == "xavier":
+                nn.init.xavier_uniform_(self.U[block])
+
+    def forward(self, z: Float[Tensor, "layers *batch width"]) -> Float[Tensor, "layers *batch width"]:
+        """`g(z)`, layer i of the input with the scale and shift of layer i."""
+        per_layer = (-1, *[1] * (z.dim() - 2), z.shape[-1])
+        for block in range(2):
+            inner = z @ self.V[block].mT @ self.U[block].mT
+            if block == 0:
+                inner = inner + self.b
+            # clamp, not relu: every pre-activation starts at exactly 0, where relu's gradient is 0 and clamp's is 1.
+            z = z + (self.scale[block].view(per_layer) * inner + self.shift[block].view(per_layer)).clamp(min=0)
+        return z
+
+
+class RowEditor(Learned):
+    """A method whose network makes rows `u~`, `delta~` of a gradient's rows; what becomes of those is the method's."""
+
+    config: NetworkConfig
+    learning_rate = 1.5e-3
+
+    def __init__(self, specs: Sequence[LayerSpec], config: NetworkConfig) -> None:
+        super().__init__(specs, config)
+        self._groups: dict[str, list[LayerSpec]] = {}
+        for number, spec in enumerate(self.specs):
+            key = f"{spec.d_out}x{spec.d_in}" if self.config.shared else f"layer{number}"
+            self._groups.setdefault(key, []).append(spec)
+        self.nets = nn.ModuleDict()
+        self.normalizers = nn.ModuleDict()
+        for key, group in self._groups.items():
+            first, last = self._seen(group[0])
+            self.nets[key] = EditorNet(last - first, len(group), self.config.rank, self.config.init)
+            self.normalizers[key] = Normalizer(group[0].d_in + group[0].d_out)
+        self.log_rates = nn.Parameter(torch.full((len(self.specs),), math.log(self.config.initial_rate)))
+
+    def rates(self) -> list[nn.Parameter]:
+        """The logarithm of each layer's learned rate alpha."""
+        return [self.log_rates]
+
+    def _seen(self, spec: LayerSpec) -> tuple[int, int]:
+        """The slice of z that the network sees and changes."""
+        which = self.config.inputs
+        if which == "smaller":
+            which = "u" if spec.d_in <= spec.d_out else "delta"
+        return {"both": (0, spec.d_in + spec.d_out), "u": (0, spec.d_in), "delta": (spec.d_in, spec.d_in + spec.d_out)}[which]
+
+    def _rows(self, gradient: Gradient, group: list[LayerSpec]) -> tuple[Tensor, Tensor]:
+        """The group's raw rows z (layers, *batch, rows, width), and which of them count: neither factor all zero."""
+        longest = max(gradient[spec.name].rows for spec in group)  # an encoder's layers see other texts than a decoder's
+        padded = [gradient[spec.name].pad(longest) for spec in group]
+        u = torch.stack([rows.u for rows in padded]).to(self.log_rates.dtype)
+        delta = torch.stack([rows.delta for rows in padded]).to(self.log_rates.dtype)
+        return torch.cat([u, delta], -1), (u != 0).any(-1) & (delta != 0).any(-1)
+
+    def prepare(self, model: Any, batch: Batch) -> None:
+        """Take the requests' rows into the statistics."""
+        self.fit_normalizer(self.gradient(model, batch))
+
+    def fit_normalizer(self, gradient: Gradient) -> None:
+        """Take the gradient's rows into the statistics."""
+        for key, group in self._groups.items():
+            normalizer = self.normalizers[key]
+            assert isinstance(normalizer, Normalizer)
+            normalizer.update(*self._rows(gradient, group))
+
+    def changed(self, gradient: Gradient) -> dict[str, LowRank]:
+        """`u~` and `-alpha * delta~` of each layer's rows; those that do not count (padding, no gradient) are zeros."""
+        if self.config.normalizer_follows:
+            self.fit_normalizer(gradient)
+        rates = dict(zip((spec.name for spec in self.specs), self.log_rates.exp(), strict=True))
+        rows: dict[str, LowRank] = {}
+        for key, group in self._groups.items():
+            raw, counts = self._rows(gradient, group)
+            z = self.normalizers[key](raw) if self.config.normalize else raw
+            first, last = self._seen(group[0])
+            seen = self.nets[key](z[..., first:last])
+            out = torch.cat([z[..., :first], seen, z[..., last:]], -1) * counts.unsqueeze(-1)
+            for spec, one in zip(group, out, strict=True):
+                u, delta = one.split([spec.d_in, spec.d_out], -1)
+                rows[spec.name] = LowRank(u, -rates[spec.name] * delta)
+        return {spec.name: rows[spec.name] for spec in self.specs}

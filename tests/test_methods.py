@@ -1,0 +1,229 @@
+"""The methods beside MEND: each against its formula with dense matrices, and the outer loss through it against autograd."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.testing import assert_close
+
+import oracles
+from cases import byte_tokenizer, requests, tiny
+from mendlm.apply import applied
+from mendlm.errors import InputError
+from mendlm.layers import LayerSpec, default_layers
+from mendlm.losses import token_kl, token_nll
+from mendlm.methods import LEARNED, METHODS, method_types
+from mendlm.methods.base import Learned
+from mendlm.methods.finetune import FineTune, FineTuneConfig, FineTuneKLConfig, FineTuneStrongConfig, LoRAConfig
+from mendlm.replay import Trunk
+from mendlm.tasks import EditExample, Probe
+from mendlm.text import Encoded, Formatter, scored_logits
+from mendlm.training import Drawn, TrainConfig, draw, outer_loss
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mend": {"rank": 4, "initial_rate": 0.1},
+    "malmen": {"rank": 4, "initial_rate": 0.1, "initial_damping": 0.7},
+    "ke": {"hidden": 6},
+    "enn": {"initial_rate": 0.2},
+}
+
+
+def learned(name: str, model: Any) -> Learned:
+    """A method of that name in float64, its parameters away from their start, its statistics fitted."""
+    kind, config = method_types(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        method: Learned = kind.for_model(model, default_layers(model), config(**SETTINGS[name])).double()
+        method.prepare(model, requests(model, batch=4))
+        with torch.no_grad():
+            for parameter in method.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return method
+
+
+def model_of(name: str) -> Any:
+    return copy.deepcopy(tiny(name)).double()
+
+
+def draws(form: Formatter, config: TrainConfig, count: int = 4) -> list[Drawn]:
+    rng, names = random.Random(5), ("Ada", "Bo Lind", "the city of Ulm", "Cy")
+    examples = [
+        EditExample(prompt=f"The home of {names[i]} is", target="a boat" * (i % 2 + 1), rephrasings=(f"{names[i]} lives in",))
+        for i in range(count)
+    ]
+    return [
+        draw(example, [Probe("The river runs", "to the sea"), Probe("Why?", "So")], form, config, rng) for example in examples
+    ]
+
+
+def gradients(model: Any, specs: Any, form: Formatter, text: Encoded) -> tuple[dict[str, Tensor], Tensor]:
+    """Dense gradients of one request by autograd, and the base's own answer."""
+    inputs, places = oracles.one_text(model, form, text)
+    weights = {f"{s.name}.weight": model.get_parameter(f"{s.name}.weight").clone().requires_grad_() for s in specs}
+    logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(text.target))
+    found = torch.autograd.grad(nll, list(weights.values()))
+    return {s.name: g.T if s.transposed else g for s, g in zip(specs, found, strict=True)}, logits.argmax(-1)
+
+
+def as_stored(model: Any, specs: tuple[LayerSpec, ...], changes: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{spec.name}.weight": oracles.stored(model, spec, changes[spec.name]) for spec in specs}
+
+
+def weights_by(method: Any, model: Any, form: Formatter, texts: list[Encoded]) -> dict[str, Tensor]:
+    """The weights under the edits of some requests at once, by the method's formula."""
+    specs = method.specs
+    if method.name in ("mend", "malmen"):
+        fitted = [method.gradient(model, requests(model, batch=4))]
+        rows = [method.gradient(model, form.batch([text])) for text in texts]
+        if method.name == "malmen":
+            return as_stored(model, specs, oracles.malmen(method, fitted, rows))
+        each = [oracles.mend(method, fitted, one) for one in rows]
+    elif method.name == "ke":
+        each = []
+        for text in texts:
+            gradient, old = gradients(model, specs, form, text)
+            each.append(oracles.knowledge_editor(method, model, text, old, gradient))
+    else:
+        changed = as_stored(model, specs, {spec.name: c for spec, c in zip(specs, method.changes, strict=True)})
+        weights = dict(changed)
+        for text in texts:
+            inputs, places = oracles.one_text(model, form, text)
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                logits = functional_call(model, changed, kwargs={**inputs, "use_cache": False}).logits[0, places]
+            nll = torch.nn.functional.cross_entropy(logits, torch.tensor(text.target))
+            slopes = torch.autograd.grad(nll, list(changed.values()), create_graph=True)
+            for name, rate, slope in zip(changed, method.log_rates.exp(), slopes, strict=True):
+                weights[name] = weights[name] - rate * slope
+        return weights
+    return as_stored(model, specs, {name: sum(one[name] for one in each) for name in each[0]})
+
+
+@pytest.mark.parametrize("num_edits", [1, 2])
+@pytest.mark.parametrize("case", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_outer_loss_and_its_gradient_equal_the_dense_formula(name: str, case: str, num_edits: int) -> None:
+    model = model_of(case)
+    form, config = Formatter.of(model, byte_tokenizer()), TrainConfig(batch_size=4, num_edits=num_edits)
+    method, drawn = learned(name, model), draws(form, config)
+    expected = oracles.outer_loss(model, form, drawn, config, lambda texts: weights_by(method, model, form, texts))
+    parameters = list(method.parameters())
+    slopes = torch.autograd.grad(expected["loss"], parameters, allow_unused=True)
+    for trunk in (Trunk.below(model, method.specs), Trunk(())):
+        loss, sums = outer_loss(method, model, form, trunk, drawn, config)
+        for key, value in expected.items():
+            assert_close(sums[key].double(), value.detach().double(), rtol=1e-7, atol=1e-9)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for a, b in zip(found, slopes, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert_close(a, b, rtol=1e-5, atol=1e-8 * max(1.0, b.abs().max().item()))
+    assert sum(float(slope.norm()) for slope in slopes if slope is not None) > 0
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_edit_alone_equals_the_same_edit_in_a_batch(name: str) -> None:
+    model = model_of("llama")
+    method, batch = learned(name, model), requests(model, batch=3)
+    together = method.edit(model, batch)
+    for index in range(3):
+        alone = method.edit(model, oracles.alone(batch, index))
+        for layer, update in alone.updates.items():
+            assert_close(together.updates[layer][index].dense(), update[0].dense(), rtol=1e-9, atol=1e-12)
+
+
+def test_malmen_has_no_more_rows_than_the_layer_has_inputs() -> None:
+    model = model_of("gpt2")
+    method, batch = learned("malmen", model), requests(model, batch=12)
+    parts = method.parts(model, batch)
+    edit = method.combine(parts, 12)
+    for spec in method.specs:
+        u, wanted = parts.updates[spec.name].u.flatten(0, 1), parts.updates[spec.name].delta.flatten(0, 1)
+        assert len(u) > spec.d_in
+        assert edit.updates[spec.name].rows == spec.d_in
+        damping = method.log_damping[method.specs.index(spec)].exp()
+        dense = torch.linalg.solve(u.mT @ u + damping * torch.eye(spec.d_in), u.mT @ wanted).mT
+        assert_close(edit.updates[spec.name][0].dense(), dense, rtol=1e-6, atol=1e-7)
+
+
+def test_malmen_gives_each_token_what_it_asks_for_where_nothing_is_damped() -> None:
+    model = model_of("llama")
+    method, batch = learned("malmen", model), oracles.alone(requests(model, batch=1, tokens=5), 0)
+    with torch.no_grad():
+        method.log_damping.fill_(-30)
+    parts = method.parts(model, batch)
+    edit = method.combine(parts, 1)
+    for name, part in parts.updates.items():
+        assert_close(part.u[0] @ edit.updates[name][0].dense().mT, part.delta[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "t5"])
+def test_ft_kl_is_the_loop_on_real_weights_with_one_unrelated_text_a_step(case: str) -> None:
+    model, specs = tiny(case), default_layers(tiny(case))
+    others = [oracles.alone(requests(model, batch=2, rng=torch.Generator().manual_seed(9)), i) for i in range(2)]
+    batch = oracles.alone(requests(model), 2)
+    config = FineTuneKLConfig(rate=1e-2, steps=3, optimizer="sgd", edit_weight=0.5, kl_weight=2.0)
+    edit = FineTune(specs, config, others).edit(model, batch)
+    tuned = copy.deepcopy(model)
+    weights = [tuned.get_submodule(spec.name).weight.requires_grad_() for spec in specs]
+    optimizer = torch.optim.SGD(weights, lr=1e-2)
+    for step in range(3):
+        other = others[step % 2]
+        optimizer.zero_grad()
+        base = model(**other.inputs, use_cache=False).logits[other.row, other.column]
+        now = tuned(**other.inputs, use_cache=False).logits[other.row, other.column]
+        (0.5 * oracles.nll(tuned, batch) + 2.0 * token_kl(base, now, other.row, 1).sum()).backward()
+        optimizer.step()
+    for spec, weight in zip(specs, weights, strict=True):
+        change = weight.detach() - model.get_submodule(spec.name).weight
+        change = change.mT if spec.transposed else change
+        assert change.any()
+        assert_close(edit.updates[spec.name][0].dense(), change, rtol=1e-2, atol=1e-2 * change.abs().max().item())
+
+
+def test_lora_lowers_the_loss_with_a_change_of_its_rank() -> None:
+    model, specs = tiny("llama"), default_layers(tiny("llama"))
+    batch = requests(model)
+    edit = FineTune(specs, LoRAConfig(rank=3, steps=10)).edit(model, batch)
+    assert {update.rows for update in edit.updates.values()} == {3}
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            return token_nll(scored_logits(model, batch), batch.label, batch.row, batch.size)
+
+    before = loss()
+    with applied(model, edit):
+        assert bool((loss() < before).all())
+
+
+def test_the_stronger_variant_changes_one_matrix_until_the_target_is_likely() -> None:
+    model, specs = tiny("llama"), default_layers(tiny("llama"))
+    method, batch = FineTune(specs, FineTuneStrongConfig(rate=0.05, steps=200, stop_nll=2.5)), oracles.alone(requests(model), 2)
+    assert method.specs == (specs[-1],)
+    edit = method.edit(model, batch)
+    with torch.no_grad(), applied(model, edit):
+        assert token_nll(scored_logits(model, batch), batch.label, batch.row, 1).item() <= 2.5
+
+
+def test_the_methods_names_are_those_of_the_registry() -> None:
+    model = tiny("llama")
+    others = [oracles.alone(requests(model), 0)]
+    for name in METHODS:
+        kind, config = method_types(name)
+        assert (kind.name if name in LEARNED else kind(default_layers(model), config(), others).name) == name
+    with pytest.raises(InputError, match="unknown method 'rome'; choose one of mend"):
+        method_types("rome")
+    with pytest.raises(InputError, match="'ft-kl' watches unrelated texts"):
+        FineTune(default_layers(model), FineTuneKLConfig())
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"edit_weight": 0.0}, {"kl_weight": -1.0}])
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        FineTuneConfig(**wrong)
