@@ -118,6 +118,24 @@ def test_edit_of_a_file_is_one_folder_a_record(run: Command, tmp_path: Path) -> 
         torch.testing.assert_close(batched.updates[name].dense(), update.dense(), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["ft", "ft-kl", "ft-strong", "lora"])
+def test_edit_by_a_method_that_needs_no_training(run: Command, tmp_path: Path, method: str) -> None:
+    run("edit", "--model", "model", "--method", method, "--set", "steps=2", "--locality", "records:facts.jsonl",
+        "--prompt", "Who is Ana?", "--target", "a baker", "--out", tmp_path / "one")  # fmt: skip
+    made = Edit.load(tmp_path / "one")
+    assert made.about["method"] == method
+    assert any(update.norm() > 0 for update in made.updates.values())
+
+
+def test_enn_is_trained_and_scored_but_makes_no_edit_of_the_users_base(run: Command, tmp_path: Path) -> None:
+    common = ("--model", "model", "--data", "records:facts.jsonl")
+    run("train", "--method", "enn", *common, "--steps", 2, "--out", tmp_path / "enn", "--set", "normalizer_examples=3")
+    summary = run("eval", *common, "--editor", tmp_path / "enn", "--out", tmp_path / "e")
+    assert summary["method"] == "enn"
+    asked = ("--prompt", "Who is Ana?", "--target", "a baker", "--out", tmp_path / "one")
+    assert "a base that it has changed" in run("edit", "--model", "model", "--editor", tmp_path / "enn", *asked, fails=True)
+
+
 def test_scale(run: Command, tmp_path: Path) -> None:
     edit(run, tmp_path / "one")
     edit(run, tmp_path / "half", "--scale", 0.5)
@@ -135,6 +153,59 @@ def test_eval(run: Command, tmp_path: Path, more: tuple[object, ...]) -> None:
     assert summary["count"] == len((tmp_path / "e" / "results.jsonl").read_text().splitlines()) == 3
     assert summary["model"] == "model"
     assert set(summary["success"]) == {"before", "after", "low", "high"}
+
+
+COMPARE = ("compare", "--model", "model", "--data", "records:facts.jsonl", "--locality", "records:facts.jsonl")
+
+
+def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "c"
+    run("train", "--method", "ke", "--model", "model", "--data", "records:facts.jsonl", "--steps", 1, "--out", tmp_path / "ke",
+        "--set", "batch_size=2", "--set", "normalizer_examples=3")  # fmt: skip
+    how = ("--methods", "mend,ke,ft,ft-kl", "--editor", "mend=run", "--editor", f"ke={tmp_path / 'ke'}", "--num-edits", "1,3")
+    settings = ("--set", "generate=false", "--set", "ft.steps=1", "--set", "ft-kl.steps=1", "--out", out)
+    made = run(*COMPARE, *how, *settings)
+    cells = json.loads((out / "table.json").read_text())
+    assert [(c["method"], c["num_edits"]) for c in cells] == [(m, n) for m in ("ft", "ft-kl", "ke", "mend") for n in (1, 3)]
+    assert all(c["count"] == 3 and c["generate"] is False for c in cells)
+    assert cells[0]["method_config"]["steps"] == 1
+    alone = run("eval", *ON, "--data", "records:facts.jsonl", "--locality", "records:facts.jsonl", "--out", tmp_path / "e",
+                "--set", "generate=false")  # fmt: skip
+    same = ("success", "generality", "locality", "perplexity", "new_over_old")
+    assert [alone[key] for key in same] == [cells[6][key] for key in same]
+    assert all(Path(path).is_file() for path in made["files"])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("mendlm.evaluation.evaluate", refuse)
+    (out / "table.md").unlink()
+    run(*COMPARE, *how, *settings)
+    assert (out / "table.md").is_file()
+    assert "holds results of other settings" in run(*COMPARE, *how, *settings, "--set", "ft.rate=0.5", fails=True)
+    again = run("report", out / "cells", "--out", tmp_path / "again")
+    assert [Path(path).name for path in again["files"]] == [Path(path).name for path in made["files"]]
+    assert (tmp_path / "again" / "table.json").read_bytes() == (out / "table.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--methods", "mend,rome"), "unknown method 'rome'"),
+        (("--methods", "ft", "--num-edits", "1,x"), "whole numbers of at least 1"),
+        (("--methods", "ft", "--editor", "mend=run"), "METHOD=RUN"),
+        (("--methods", "ft", "--set", "ke.hidden=1"), "with a method of ft"),
+        (("--methods", "ft", "--set", "nothing=1"), "unknown setting 'nothing'"),
+        (("--methods", "ke"), "has to be trained"),
+        (("--methods", "ke", "--editor", "ke=run"), "an editor of the method 'mend', not 'ke'"),
+        (("--methods", "mend", "--editor", "mend=run", "--set", "mend.rank=3"), "keeps the settings of its run"),
+    ],
+)
+def test_compare_refuses(run: Command, tmp_path: Path, more: tuple[str, ...], message: str) -> None:
+    assert message in run(*COMPARE, *more, "--out", tmp_path / "c", fails=True)
+    assert not (tmp_path / "c").exists()
 
 
 def test_export_of_several_edits(run: Command, place: Path, tmp_path: Path) -> None:

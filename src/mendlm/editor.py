@@ -1,4 +1,4 @@
-"""`Editor`: a trained method bound to a model and its tokenizer."""
+"""`Editor`: a method bound to a model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from mendlm.apply import Edit
 from mendlm.checkpoint import editor_path, load_editor
-from mendlm.errors import FormatError
+from mendlm.errors import FormatError, InputError
 from mendlm.files import sha256
-from mendlm.methods.base import Learned
+from mendlm.methods.base import Learned, Method
 from mendlm.models import STARTER, identity
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
@@ -23,9 +23,16 @@ from mendlm.text import Formatter, TargetEnd, by_length, target_ends
 class Editor:
     """Turns requests into edits of one model."""
 
-    def __init__(self, method: Learned, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:
-        method.require_fit(model)
-        self.method = method.to(model.device).eval()
+    def __init__(self, method: Method, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:
+        if isinstance(method, Learned):
+            method.require_fit(model)
+            method.to(model.device).eval()
+        if method.changed_base() is not None:
+            raise InputError(
+                f"'{method.name}' edits a base that it has changed, so that its edits are no use on yours; evaluate it with "
+                "`mendlm eval` or `mendlm compare`"
+            )
+        self.method = method
         self.model, self.formatter, self.about = model, Formatter.of(model, tokenizer), about or {}
 
     @functools.cached_property
@@ -35,21 +42,9 @@ class Editor:
 
     @classmethod
     def load(cls, source: str | Path, model: Any, tokenizer: Any, *, force: bool = False) -> Editor:
-        """The starter editor ("starter"), or a run folder's or file's, for a loaded model.
-
-        Raises `LayerError` if the model's layers do not fit, and `FormatError` if the editor was trained on another base
-        model (unless `force`) or its file is damaged.
-        """
-        path = editor_file(source)
-        method, about = load_editor(path)
-        trained_on = about.get("base", {}).get("sha256")
-        method.require_fit(model)
-        if trained_on and not force and trained_on != identity(model):
-            raise FormatError(
-                f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
-                f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
-            )
-        return cls(method, model, tokenizer, {**about, "source": Path(source).name, "sha256": sha256(path)})
+        """The starter editor ("starter"), or a run folder's or file's, for a loaded model; raises as `load_method`."""
+        method, about = load_method(source, model, force=force)
+        return cls(method, model, tokenizer, about)
 
     def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False, target_end: TargetEnd = "auto") -> Edit:
         """The edit that makes the model answer `target` to `prompt`, recorded on the model as it runs now.
@@ -79,7 +74,7 @@ class Editor:
         ]
         edits: list[Edit | None] = [None] * len(examples)
         for group in by_length([len(text) for text in texts], limit=batch_size):
-            batch = self.method.edit(self.model, self.formatter.batch([texts[i] for i in group])) * scale
+            batch = self.method.edits(self.model, self.formatter.batch([texts[i] for i in group])) * scale
             for place, index in enumerate(group):
                 edits[index] = replace(batch[place].trimmed().require_finite(), about=self._about(examples[index], scale, chat))
         return [edit for edit in edits if edit is not None]
@@ -88,9 +83,28 @@ class Editor:
         return {
             "request": {"prompt": example.prompt, "target": example.target, "chat": chat, "scale": scale},
             "base": self.base,
+            "method": self.method.name,
             "editor": {key: self.about[key] for key in ("source", "step", "sha256") if key in self.about},
             "stack": [],
         }
+
+
+def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple[Learned, dict[str, Any]]:
+    """A trained method for a loaded model, and what is said about it; `source` as in `Editor.load`.
+
+    Raises `LayerError` if the model's layers do not fit, and `FormatError` if the editor was trained on another base model
+    (unless `force`) or its file is damaged.
+    """
+    path = editor_file(source)
+    method, about = load_editor(path)
+    trained_on = about.get("base", {}).get("sha256")
+    method.require_fit(model)
+    if trained_on and not force and trained_on != identity(model):
+        raise FormatError(
+            f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
+            f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
+        )
+    return method.to(model.device).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
 
 
 def base_of(model: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mendlm.apply import Edit, applied, join
 from mendlm.errors import InputError
 from mendlm.files import new_folder, write_bytes, write_json
 from mendlm.layers import LayerSpec
-from mendlm.losses import all_by_row, token_nll
+from mendlm.losses import all_by_row, mean_by_row, token_kl, token_nll
 from mendlm.methods.base import Method
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
@@ -53,6 +53,8 @@ class EvaluationConfig:
     """Strength of the edits."""
     generate: bool = True
     """Also score free generation, which takes most of the time."""
+    context: str = ""
+    """Also ask freely with this text before the prompt, to see whether the answer holds in other company."""
     batch_size: int = 32
     """Texts a forward pass, and about as many requests at a time."""
     timed_edits: int = 20
@@ -89,8 +91,12 @@ class _Score:
     """Whether every answer token (the end token apart) is the argmax, before and after."""
     kept: bool
     """Whether every answer token's argmax is the same before and after."""
+    tokens_right: tuple[float, float]
+    """Share of the answer tokens (the end token apart) that are the argmax, before and after."""
     nll: tuple[float, float]
     """Mean NLL of the answer tokens, before and after."""
+    kl: float
+    """KL from the base model's to the edited model's distribution, mean over the answer's positions."""
     tokens: int
 
 
@@ -104,11 +110,11 @@ class Evaluator:
         self.formatter = Formatter.of(model, tokenizer)
         self.trunk = Trunk.below(model, specs)
 
-    def encode(self, example: EditExample, prompt: str) -> Encoded:
-        """A prompt with the example's target, in the form that the configuration asks for."""
+    def encode(self, example: EditExample, prompt: str, answer: str | None = None) -> Encoded:
+        """A prompt with the example's target, or another answer, in the form that the configuration asks for."""
         chat = self.config.chat
         end = target_ends(self.config.target_end, question=example.question, chat=chat)
-        return self.formatter.encode(prompt, example.target, chat=chat, end=end)
+        return self.formatter.encode(prompt, answer or example.target, chat=chat, end=end)
 
     def edit(self, examples: Sequence[EditExample]) -> Edit:
         """The edits of a chunk, one a group of `num_edits` examples."""
@@ -157,10 +163,21 @@ class Evaluator:
             before, after = base.argmax(-1), edited.argmax(-1)
             right = [by_row((found == batch.label) | batch.is_end) for found in (before, after)]
             kept = by_row((before == after) | batch.is_end)
+            inside = batch.row[~batch.is_end]
+            tokens_right = [
+                mean_by_row((found == batch.label)[~batch.is_end].double(), inside, batch.size).tolist()
+                for found in (before, after)
+            ]
             nll = [token_nll(logits, batch.label, batch.row, batch.size).tolist() for logits in (base, edited)]
+            kl = token_kl(base, edited, batch.row, batch.size).tolist()
             for place, index in enumerate(group):
                 scores[index] = _Score(
-                    (right[0][place], right[1][place]), kept[place], (nll[0][place], nll[1][place]), len(texts[index][1].target)
+                    right=(right[0][place], right[1][place]),
+                    kept=kept[place],
+                    tokens_right=(tokens_right[0][place], tokens_right[1][place]),
+                    nll=(nll[0][place], nll[1][place]),
+                    kl=kl[place],
+                    tokens=len(texts[index][1].target),
                 )
         return [score for score in scores if score is not None]
 
@@ -202,26 +219,66 @@ class Evaluator:
         unrelated = [(i // k, text) for (i, _), text in zip(watched, self.probe([p for _, p in watched]), strict=True)]
         prose = [(i // k, self.formatter.encode(p.prompt, p.answer)) for i, p in enumerate(passages)]
         rows: list[dict[str, Any]] = [
-            {"prompt": e.prompt, "target": e.target, "subject": e.subject, "generality": [], "locality": []} for e in examples
+            {"prompt": e.prompt, "target": e.target, "subject": e.subject, "generality": [], "locality": [], "portability": []}
+            for e in examples
         ]
-        for row, score in zip(rows, self.score(exact, edit), strict=True):
-            row["success"], row["nll"] = score.right, score.nll
-        for (i, _), score in zip(asked, self.score(rephrased, edit), strict=True):
+        of_exact, of_rephrased, of_unrelated = (self.score(texts, edit) for texts in (exact, rephrased, unrelated))
+        for row, score in zip(rows, of_exact, strict=True):
+            row["success"], row["token_accuracy"], row["nll"] = score.right, score.tokens_right, score.nll
+        for (i, _), score in zip(asked, of_rephrased, strict=True):
             rows[i]["generality"].append(score.right)
-        for (i, probe), score in zip(watched, self.score(unrelated, edit), strict=True):
-            rows[i]["locality"].append({"kept": score.kept, "answered": probe.answer is not None, **asdict(score)})
+        for (i, probe), score in zip(watched, of_unrelated, strict=True):
+            rows[i]["locality"].append({"answered": probe.answer is not None, "kind": probe.kind, **asdict(score)})
+        following = [(i, probe) for i, e in enumerate(examples) for probe in e.portability]
+        entailed = [(i // k, self.formatter.encode(p.prompt, p.answer, chat=self.config.chat)) for i, p in following]
+        for (i, probe), score in zip(following, self.score(entailed, edit), strict=True):
+            rows[i]["portability"].append({"kind": probe.kind, "right": score.right})
+        self._rivals(rows, examples, edit, (of_exact, asked, of_rephrased, watched, of_unrelated))
         for row, score in zip(rows, self.score(prose, edit), strict=False):
             row["prose"] = {"nll": score.nll, "tokens": score.tokens}
+        norms = {name: update.norm().tolist() for name, update in edit.updates.items()}
+        for i, row in enumerate(rows):
+            row["norm"] = {name: values[i // k] for name, values in norms.items()}
         if self.config.generate:
-            for name, texts, owners in (("success", exact, range(len(rows))), ("generality", rephrased, [i for i, _ in asked])):
+            asks = [("success", exact, list(range(len(rows)))), ("generality", rephrased, [i for i, _ in asked])]
+            if self.config.context:
+                company = [self.encode(e, f"{self.config.context} {e.prompt}") for e in examples]
+                asks.append(("context", [(i // k, text) for i, text in enumerate(company)], list(range(len(rows)))))
+            for name, texts, owners in asks:
                 for row in rows:
-                    row[f"{name}_generated"], row[f"{name}_text"] = [], []
+                    row[f"{name}_generated"], row[f"{name}_contained"], row[f"{name}_text"] = [], [], []
                 before, after = self.generate(texts, None), self.generate(texts, edit)
                 for i, *found in zip(owners, before, after, strict=True):
                     match = metrics.answers if examples[i].question else metrics.continues
                     rows[i][f"{name}_generated"].append([match(text, examples[i].target) for text in found])
+                    rows[i][f"{name}_contained"].append([metrics.contains(text, examples[i].target) for text in found])
                     rows[i][f"{name}_text"].append(found)
         return rows
+
+    def _rivals(self, rows: list[dict[str, Any]], examples: Sequence[EditExample], edit: Edit, scored: tuple[Any, ...]) -> None:
+        """Whether the target is likelier than the old answer, before and after; and the old one on a neighbour.
+
+        Likelier: the lower mean NLL of its tokens. For requests whose data names the old answer.
+        """
+        of_exact, asked, of_rephrased, watched, of_unrelated = scored
+        k = self.config.num_edits
+        places = [("prompt", i, e.prompt, of_exact[i]) for i, e in enumerate(examples)]
+        places += [("rephrasing", i, prompt, score) for (i, prompt), score in zip(asked, of_rephrased, strict=True)]
+        places = [place for place in places if examples[place[1]].old is not None]
+        olds = [(i // k, self.encode(examples[i], prompt, examples[i].old)) for _, i, prompt, _ in places]
+        for (where, i, _, new), old in zip(places, self.score(olds, edit), strict=True):
+            better = [a < b for a, b in zip(new.nll, old.nll, strict=True)]
+            rows[i].setdefault("new_over_old", {}).setdefault(where, []).append(better)
+        # A neighbour shares the old answer; there it should stay the likelier one.
+        shared = [
+            (i, probe, score)
+            for (i, probe), score in zip(watched, of_unrelated, strict=True)
+            if probe.answer is not None and examples[i].old == probe.answer
+        ]
+        news = [(i // k, self.encode(examples[i], probe.prompt)) for i, probe, _ in shared]
+        for (i, _, old), new in zip(shared, self.score(news, edit), strict=True):
+            better = [a < b for a, b in zip(old.nll, new.nll, strict=True)]
+            rows[i]["new_over_old"].setdefault("neighbour", []).append(better)
 
     def time_edits(self, examples: Sequence[EditExample]) -> tuple[list[float], int]:
         """Milliseconds of single edits, one a call, the first unmeasured; and the bytes of one as an adapter."""
@@ -314,17 +371,38 @@ def summarise(rows: Sequence[dict[str, Any]], config: EvaluationConfig) -> dict[
         }
 
     new = [row for row in rows if not row["success"][0]]
+    rivals = {
+        name: before_after([row.get("new_over_old", {}).get(where, []) for row in rows])
+        for name, where in (("efficacy", "prompt"), ("paraphrase", "rephrasing"), ("neighbourhood", "neighbour"))
+    }
+    kinds = sorted({p["kind"] or "" for row in rows for p in row["portability"]})
     summary: dict[str, Any] = {
         "success": before_after([[row["success"]] for row in rows]),
         "generality": before_after([row["generality"] for row in rows]),
+        "edit_success": before_after([[row["success"], *row["generality"]] for row in rows]),
+        "edit_success_release": before_after([row["generality"][:1] or [row["success"]] for row in rows]),
+        "token_accuracy": before_after([[row["token_accuracy"]] for row in rows]),
+        "new_over_old": {
+            **rivals,
+            "score": {side: metrics.harmonic_mean([r[side] for r in rivals.values()]) for side in ("before", "after")},
+        },
+        "portability": {
+            kind: before_after([[p["right"] for p in row["portability"] if (p["kind"] or "") == kind] for row in rows])
+            for kind in kinds
+        },
         "already_given": len(rows) - len(new),
         "success_of_new": before_after([[row["success"]] for row in new]),
-        "success_generated": before_after([row.get("success_generated", []) for row in rows]),
-        "generality_generated": before_after([row.get("generality_generated", []) for row in rows]),
+        **{
+            f"{name}_{how}": before_after([row.get(f"{name}_{how}", []) for row in rows])
+            for how in ("generated", "contained")
+            for name in ("success", "generality", *(["context"] if config.context else []))
+        },
     }
     kept = [sum(p["kept"] for p in row["locality"]) / len(row["locality"]) for row in rows if row["locality"]]
     low, high = metrics.bootstrap(kept, seed=config.seed)
     summary["locality"] = {"after": metrics.mean(kept), "low": low, "high": high}
+    summary["weight_change"] = {name: metrics.mean([row["norm"][name] for row in rows]) for name in rows[0]["norm"]}
+    summary["unrelated_kl"] = metrics.mean([p["kl"] for row in rows for p in row["locality"]])
     answered = [p for row in rows for p in row["locality"] if p["answered"]]
     right = [metrics.mean([float(p["right"][side]) for p in answered]) for side in (0, 1)]
     summary["drawdown_acc"] = right[0] - right[1] if right[0] is not None and right[1] is not None else None

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mendlm.cli import edits, learning
+from mendlm.cli import comparing, edits, learning
 from mendlm.errors import MendError
 
 app = typer.Typer(
@@ -26,6 +26,8 @@ for command in (
     edits.edit,
     edits.generate,
     learning.evaluate,
+    comparing.compare,
+    comparing.report,
     edits.export,
     edits.inspect,
 ):

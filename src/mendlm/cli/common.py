@@ -100,6 +100,12 @@ def open_model(
 def open_editor(editor: str | None, source: str, model: Any, tokenizer: Any, *, force: bool = False) -> Any:
     """The editor asked for, or the starter's own for the starter model."""
     from mendlm.editor import Editor
+
+    return Editor.load(editor_of(editor, source), model, tokenizer, force=force)
+
+
+def editor_of(editor: str | None, source: str) -> str:
+    """The editor asked for, or the starter's own for the starter model. Raises `InputError` where there is none."""
     from mendlm.errors import InputError
 
     if editor is None and source != "starter":
@@ -108,7 +114,7 @@ def open_editor(editor: str | None, source: str, model: Any, tokenizer: Any, *, 
             f"    mendlm train --model {source} --data TASK:PATH --out RUN\n"
             "and name it with --editor RUN"
         )
-    return Editor.load(editor or "starter", model, tokenizer, force=force)
+    return editor or "starter"
 
 
 def open_method(
@@ -121,13 +127,14 @@ def open_method(
     unrelated: Iterable[Any] = (),
     *,
     force: bool = False,
-) -> Any:
-    """The method asked for, for a loaded model: a trained one from its run, or one that needs no training.
+) -> tuple[Any, dict[str, Any]]:
+    """The method asked for, for a loaded model, and what is said about it: a trained one, or one that needs no training.
 
     `values` are the settings of the latter; `unrelated` gives texts to those that watch some. A run says its own method,
     so that `name` may be left out.
     """
     from mendlm.checkpoint import parse_config
+    from mendlm.editor import load_method
     from mendlm.errors import InputError
     from mendlm.layers import default_layers, select
     from mendlm.methods import LEARNED, method_types
@@ -140,14 +147,14 @@ def open_method(
             raise InputError(f"'{next(iter(values))}' is no setting here: a trained editor keeps the settings of its run")
         if editor is None and name not in (None, "mend"):
             raise InputError(f"the method '{name}' has to be trained: mendlm train --method {name} ..., then --editor RUN")
-        method = open_editor(editor, source, model, tokenizer, force=force).method
+        method, about = load_method(editor_of(editor, source), model, force=force)
         if name not in (None, method.name):
             raise InputError(f"--editor {editor} is an editor of the method '{method.name}', not '{name}'")
-        return method
+        return method, about
     if editor is not None:
         raise InputError(f"the method '{name}' has no editor; leave --editor out")
     settings = parse_config(config, values)
     formatter = Formatter.of(model, tokenizer)
     probes = [probe for dataset in unrelated for probe in dataset.probes[:256]] if settings.kl_weight else []
     texts = [formatter.batch([formatter.encode(probe.prompt, probe.answer)]) for probe in probes]
-    return kind(select(model, settings.layers) if settings.layers else default_layers(model), settings, texts)
+    return kind(select(model, settings.layers) if settings.layers else default_layers(model), settings, texts), {}

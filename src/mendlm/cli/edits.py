@@ -61,6 +61,11 @@ def edit(
     out: Annotated[Path, typer.Option("--out", help="The edit's folder; with --data, the folder of one folder a record.")],
     model: common.Model = "starter",
     editor: common.EditorOption = None,
+    method: common.MethodOption = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of an untrained method; may repeat.")] = None,
+    locality: Annotated[
+        list[str] | None, typer.Option("--locality", help="TASK:PATH of texts that ft-kl watches; may repeat.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt to correct.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="The answer it should get.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="TASK:PATH of requests, instead of one.")] = None,
@@ -82,10 +87,14 @@ def edit(
     if (data is None) == (prompt is None and target is None) or (data is None and (prompt is None or target is None)):
         raise InputError("say what to edit: either --prompt and --target, or --data TASK:PATH")
 
+    from mendlm.cli.learning import read_settings
+    from mendlm.editor import Editor
     from mendlm.files import new_folder, refuse_existing
-    from mendlm.tasks import EditExample, load_edits
+    from mendlm.tasks import EditExample, load_edits, load_unrelated
 
     refuse_existing(out, force=force)
+    _, values = read_settings(None, settings or [])
+    unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     requests: list[Any] = [(prompt, target)] if data is None else []
     skipped = 0
     if data is not None:
@@ -94,7 +103,8 @@ def edit(
     loaded, tokenizer = common.open_model(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
-    opened = common.open_editor(editor, model, loaded, tokenizer, force=force)
+    chosen, about = common.open_method(method, values, editor, model, loaded, tokenizer, unrelated, force=force)
+    opened = Editor(chosen, loaded, tokenizer, about)
     how: dict[str, Any] = {"scale": scale, "chat": chat, "target_end": target_end}
     if data is None:
         opened.edit_many(requests, **how)[0].save(out, force=force)

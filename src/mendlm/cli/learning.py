@@ -131,12 +131,16 @@ def read_settings(path: Path | None, settings: list[str]) -> tuple[dict[str, Any
         section, dot, name = key.strip().rpartition(".")
         if not equals or (dot and section not in sections):
             raise InputError(f"--set {setting}: expected training.NAME=VALUE or editor.NAME=VALUE")
-        try:
-            value = tomllib.loads(f"value = {raw}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = raw
-        sections[section or "training"][name] = value
+        sections[section or "training"][name] = parse_value(raw)
     return sections["editor"], sections["training"]
+
+
+def parse_value(raw: str) -> Any:
+    """The value of a --set option: TOML, or else the text itself."""
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
 
 
 def command_line(arguments: list[str]) -> str:
@@ -194,7 +198,7 @@ def evaluate(
     about: dict[str, Any] = {"model": base["name"], "model_sha256": base["sha256"], "dtype": base["dtype"]}
     about["command"] = command_line(sys.argv)
     others = {name: value for name, value in values.items() if name not in own}
-    chosen = common.open_method(method, others, editor, model, loaded, tokenizer, unrelated, force=force)
+    chosen, _ = common.open_method(method, others, editor, model, loaded, tokenizer, unrelated, force=force)
     about["method_config"] = asdict(chosen.config)
     with common.progress("evaluating") as show:
         results = run_evaluation(

@@ -32,12 +32,16 @@ class Method(ABC):
         model are left alone.
         """
 
-    def parts(self, model: Any, batch: Batch) -> Edit:
-        """What `combine` makes edits of, one part for each example: for most methods, finished edits."""
+    def edits(self, model: Any, batch: Batch) -> Edit:
+        """As `edit`, for those that need rows. Raises `InputError` for a method that does not edit weights."""
         found = self.edit(model, batch)
         if not isinstance(found, Edit):
-            raise InputError(f"the method '{self.name}' does not edit weights, so that its edits cannot be batched or summed")
+            raise InputError(f"the method '{self.name}' does not edit weights, so that its edits cannot be kept or summed")
         return found
+
+    def parts(self, model: Any, batch: Batch) -> Edit:
+        """What `combine` makes edits of, one part for each example: for most methods, finished edits."""
+        return self.edits(model, batch)
 
     def combine(self, parts: Edit, size: int) -> Edit:
         """One edit for each `size` consecutive parts, for requests that are edited at once: here their sum."""

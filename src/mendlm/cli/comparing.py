@@ -1,0 +1,155 @@
+"""`mendlm compare` and `report`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mendlm.cli import common
+from mendlm.errors import InputError
+
+
+def compare(
+    data: Annotated[str, typer.Option("--data", help="TASK:PATH of requests.")],
+    methods: Annotated[str, typer.Option("--methods", help="Methods, with commas: mend,ft,ft-kl,ke,enn,...")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the table, the pictures and each cell's results.")],
+    model: common.Model = "starter",
+    editors: Annotated[
+        list[str] | None,
+        typer.Option("--editor", help="METHOD=RUN of a trained method, or METHOD@N=RUN for N edits at once; may repeat."),
+    ] = None,
+    num_edits: Annotated[str, typer.Option("--num-edits", help="Requests edited at once, with commas: 1,5,25.")] = "1",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N requests.")] = None,
+    locality: Annotated[list[str] | None, typer.Option("--locality", help="TASK:PATH of unrelated texts; may repeat.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Pose prompts as chat turns.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the evaluation, or METHOD.key=value; may repeat.")
+    ] = None,
+    skip_bad: common.SkipBad = False,
+    json_output: common.Json = False,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = "auto",
+    revision: common.Revision = None,
+    from_wheel: common.FromWheel = None,
+) -> None:
+    """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
+    from mendlm.checkpoint import parse_config
+    from mendlm.cli.learning import command_line
+    from mendlm.editor import base_of
+    from mendlm.evaluation import EvaluationConfig, evaluate
+    from mendlm.files import read_json
+    from mendlm.methods import LEARNED, method_types
+    from mendlm.report import find, table, write
+    from mendlm.tasks import load_edits, load_unrelated
+
+    names, counts = _names(methods), _counts(num_edits)
+    for name in names:
+        method_types(name)  # a wrong name is said before anything is loaded
+    runs = _editors(editors or [], names)
+    values = _settings(settings or [], names)
+    config = parse_config(EvaluationConfig, {"chat": chat, "seed": seed, **values.pop("", {})})
+    requests = load_edits(data, skip_bad=skip_bad).limited(limit)
+    unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
+    loaded, tokenizer = common.open_model(
+        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+    )
+    base = base_of(loaded)
+    for name in names:
+        for count in counts:
+            folder = out / "cells" / f"{name}-{count}"
+            run = runs.get(f"{name}@{count}", runs.get(name)) if name in LEARNED else None
+            chosen, trained = common.open_method(name, values.get(name, {}), run, model, loaded, tokenizer, unrelated)
+            cell: dict[str, Any] = {
+                "model_sha256": base["sha256"],
+                "data_sha256": requests.sha256,
+                "requests": len(requests.examples),
+                "locality": [source.sha256 for source in unrelated],
+                "evaluation": asdict(replace(config, num_edits=count)),
+                "method": asdict(chosen.config),
+                "editor": trained.get("sha256"),
+            }
+            if (folder / "summary.json").is_file():
+                if read_json(folder / "summary.json").get("cell") != _plain(cell):
+                    raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
+                common.note(f"{name}, {count} at once: done before")
+                continue
+            about = {"model": base["name"], "model_sha256": base["sha256"], "dtype": base["dtype"]}
+            about |= {"command": command_line(sys.argv), "method_config": cell["method"], "cell": _plain(cell)}
+            with common.progress(f"{name}, {count} at once") as show:
+                results = evaluate(
+                    chosen,
+                    chosen.specs,
+                    loaded,
+                    tokenizer,
+                    requests,
+                    replace(config, num_edits=count),
+                    locality=unrelated,
+                    about=about,
+                    callback=show,
+                )
+            results.save(folder)
+    cells = find([out / "cells"])
+    written = write(cells, out)
+    common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, table(cells).rstrip())
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that hold results.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the table, the pictures and the page.")],
+    json_output: common.Json = False,
+) -> None:
+    """Make table, pictures and page of result files again, without any model."""
+    from mendlm.report import find, table, write
+
+    cells = find(folders)
+    written = write(cells, out)
+    common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, table(cells).rstrip())
+
+
+def _plain(value: Any) -> Any:
+    """As it is after a journey through a JSON file."""
+    return json.loads(json.dumps(value))
+
+
+def _names(methods: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = [0]
+    if min(counts) < 1:
+        raise InputError(f"--num-edits {text}: expected whole numbers of at least 1, with commas between, as 1,5,25")
+    return counts
+
+
+def _editors(given: list[str], names: list[str]) -> dict[str, str]:
+    editors = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not equals or name.partition("@")[0] not in names:
+            raise InputError(f"--editor {one}: expected METHOD=RUN or METHOD@N=RUN with a method of {', '.join(names)}")
+        editors[name] = path
+    return editors
+
+
+def _settings(given: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
+    """Method -> its settings, and "" -> those of the evaluation."""
+    from mendlm.cli.learning import parse_value
+
+    values: dict[str, dict[str, Any]] = {}
+    for one in given:
+        key, equals, raw = one.partition("=")
+        method, _, name = key.strip().rpartition(".")
+        if not equals or method not in ("", *names):
+            raise InputError(f"--set {one}: expected NAME=VALUE, or METHOD.NAME=VALUE with a method of {', '.join(names)}")
+        values.setdefault(method, {})[name] = parse_value(raw)
+    return values

@@ -1,0 +1,182 @@
+"""Result files become tables and pictures. Reads `summary.json` files only: no model, no method, no data.
+
+A *cell* is one summary: one method on one data set at one number of edits at once. Writes `table.md`, `table.json`, PNG
+pictures, and `report.html`, one page that holds all of it and needs nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mendlm.errors import FormatError, InputError, require
+from mendlm.files import read_json, storing, write_bytes
+
+COLUMNS = {
+    "success": "success",
+    "generality": "generality",
+    "edit_success": "ES",
+    "success_generated": "success, generated",
+    "locality": "locality",
+}
+"""Keys of a summary that hold a value with an interval -> what a table calls them."""
+
+
+def find(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Every summary under some folders, by data, method and number of edits. Raises `InputError` if there is none."""
+    cells = []
+    for folder in folders:
+        paths = sorted(folder.rglob("summary.json"))
+        if not paths:
+            raise InputError(f"{folder} holds no summary.json; give folders that `mendlm eval` or `compare` has written")
+        for path in paths:
+            cell = read_json(path)
+            if not isinstance(cell, dict) or not str(cell.get("format", "")).startswith("mendlm-summary-"):
+                raise FormatError(f"{path} is no summary of mendlm's")
+            cells.append(cell)
+    return sorted(cells, key=lambda cell: (cell["data"], cell["chat"], cell["method"], cell["num_edits"]))
+
+
+def write(cells: Sequence[dict[str, Any]], out: Path) -> list[Path]:
+    """Write table, pictures and page into a folder; returns what was written."""
+    written: dict[str, bytes] = {
+        "table.md": table(cells).encode(),
+        "table.json": (json.dumps(cells, indent=1, ensure_ascii=False) + "\n").encode(),
+    }
+    pictures = dict(draw(cells))
+    written |= {f"{name}.png": content for name, content in pictures.items()}
+    written["report.html"] = page(cells, pictures).encode()
+    with storing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for name, content in written.items():
+        write_bytes(out / name, content)
+    return [out / name for name in written]
+
+
+def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """The table's rows, the head first: the same cells whether they go into Markdown or a page."""
+    yield ["data", "method", "edits at once", "edits", *COLUMNS.values(), "drawdown, acc", "perplexity", "ms an edit"]
+    for cell in cells:
+        chat = ", chat" if cell["chat"] else ""
+        ppl, acc, time = cell["perplexity"], cell["drawdown_acc"], cell["edit_ms"]["p50"]
+        change = f"{ppl['before']:.2f} → {ppl['after']:.2f}" if ppl["before"] is not None else "-"
+        yield [
+            f"{cell['data']}{chat}",
+            cell["method"],
+            str(cell["num_edits"]),
+            f"{cell['count']:,}",
+            *(_value(cell.get(name)) for name in COLUMNS),
+            f"{acc:+.4f}" if acc is not None else "-",
+            change,
+            f"{time:.0f}" if time is not None else "-",
+        ]
+
+
+def _value(value: dict[str, Any] | None) -> str:
+    if not value or value["after"] is None:
+        return "-"
+    return f"{value['after']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """All cells as a Markdown table, with 95 % intervals."""
+    head, *body = rows(cells)
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    """The pictures, as names and PNG files."""
+    matplotlib = require("matplotlib", "report")
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    for number, (data, mine) in enumerate(_by(cells, "data").items(), start=1):
+        least = min(cell["num_edits"] for cell in mine)
+        for name, x, label in (
+            ("accuracy", lambda c: c["drawdown_acc"], "drawdown: accuracy lost on unrelated answers"),
+            ("perplexity", _rise, "drawdown: rise of the perplexity"),
+        ):
+            points = [cell for cell in mine if cell["num_edits"] == least and x(cell) is not None]
+            if points:
+                figure, axis = plt.subplots(figsize=(6, 4))
+                for cell in points:
+                    axis.errorbar(x(cell), cell["success"]["after"], yerr=_bars(cell["success"]), marker="o", capsize=3)
+                    axis.annotate(_name(cell), (x(cell), cell["success"]["after"]), xytext=(5, 5), textcoords="offset points")
+                axis.set(title=data, xlabel=label, ylabel="success", ylim=(-0.03, 1.05))
+                yield f"success-over-{name}-{number}", _png(figure)
+        if len({cell["num_edits"] for cell in mine}) > 1:
+            figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharex=True)
+            for axis, key in zip(axes, ("success", "generality", "locality"), strict=True):
+                for method, line in _by(mine, "method").items():
+                    shown = [cell for cell in line if cell[key]["after"] is not None]
+                    counts, values = [c["num_edits"] for c in shown], [c[key]["after"] for c in shown]
+                    bars = [[_bars(c[key])[side][0] for c in shown] for side in (0, 1)]
+                    axis.errorbar(counts, values, yerr=bars, marker="o", capsize=3, label=method)
+                axis.set(title=key, xlabel="edits at once", xscale="log", ylim=(-0.03, 1.05))
+            axes[0].legend()
+            figure.suptitle(data)
+            yield f"over-edits-{number}", _png(figure)
+        figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(mine) + 1.5), sharey=True)
+        labels = [f"{_name(cell)}, {cell['num_edits']} at once" for cell in mine]
+        axes[0].barh(labels, [cell["edit_ms"]["p50"] or 0 for cell in mine])
+        axes[0].set(title="one edit", xlabel="ms")
+        axes[1].barh(labels, [cell["peak_memory_mb"] for cell in mine])
+        axes[1].set(title="peak memory of the whole run", xlabel="MiB")
+        yield f"cost-{number}", _png(figure)
+
+
+def _by(cells: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault(cell[key], []).append(cell)
+    return groups
+
+
+def _name(cell: dict[str, Any]) -> str:
+    return f"{cell['method']}, chat" if cell["chat"] else str(cell["method"])
+
+
+def _rise(cell: dict[str, Any]) -> float | None:
+    before, after = cell["perplexity"]["before"], cell["perplexity"]["after"]
+    return None if before is None else after / before - 1
+
+
+def _bars(value: dict[str, Any]) -> list[list[float]]:
+    return [[max(0.0, value["after"] - value["low"])], [max(0.0, value["high"] - value["after"])]]
+
+
+def _png(figure: Any) -> bytes:
+    import matplotlib.pyplot as plt
+
+    file = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return file.getvalue()
+
+
+def page(cells: Sequence[dict[str, Any]], pictures: dict[str, bytes]) -> str:
+    """One HTML page with the table, the pictures and where each row came from; it loads nothing."""
+    head, *body = ([html.escape(cell) for cell in row] for row in rows(cells))
+    lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in body]
+    images = [
+        f'<img alt="{html.escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+        for name, content in pictures.items()
+    ]
+    sources = [f"<li><code>{html.escape(str(cell.get('command', '-')))}</code></li>" for cell in cells]
+    style = (
+        "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em;padding:0 1em}table{border-collapse:collapse}"
+        "td,th{border:1px solid #bbb;padding:.2em .5em;text-align:left}img{max-width:100%;display:block;margin:1em 0}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>mendlm: results</title><style>{style}</style>'
+        f"<h1>Results</h1><p>In brackets 95 % bootstrap intervals over edits.</p><table>{''.join(lines)}</table>"
+        f"{''.join(images)}<h2>Commands</h2><ol>{''.join(sources)}</ol></html>\n"
+    )
