@@ -41,7 +41,9 @@ def example(index: int) -> EditExample:
 
 
 EXAMPLES = tuple(example(i) for i in range(6))
-DATA = Dataset("records:x", "abc", EXAMPLES, tuple(p for e in EXAMPLES for p in e.unrelated), skipped=3)
+DATA = Dataset(
+    "records:x", "abc", EXAMPLES, tuple(p for e in EXAMPLES for p in e.unrelated), skipped=3, left_out=2, notes=("made up",)
+)
 ASKING = Dataset("nq:y", "def", (), (Probe("What is it?", "is"), Probe("Why?", "the")))
 READING = Dataset("text:z", "ghi", (), (Probe("The river runs through", "the city of"), Probe("An old", "capital")), prose=True)
 
@@ -194,10 +196,11 @@ def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, setti
 def test_the_summary_has_every_key() -> None:
     summary = run(trained("llama"), locality=[ASKING, READING], about={"model": "tiny"}).summary
     assert json.loads(json.dumps(summary)) == summary
-    named = {key: summary[key] for key in ("model", "method", "data", "data_sha256", "count", "skipped", "num_edits", "seed")}
+    keys = ("model", "method", "data", "data_sha256", "data_notes", "count", "skipped", "left_out", "num_edits", "seed")
+    named = {key: summary[key] for key in keys}
     assert named == {
-        "model": "tiny", "method": "mend", "data": "records:x", "data_sha256": "abc", "count": 6, "skipped": 3,
-        "num_edits": 1, "seed": 0,
+        "model": "tiny", "method": "mend", "data": "records:x", "data_sha256": "abc", "data_notes": ["made up"],
+        "count": 6, "skipped": 3, "left_out": 2, "num_edits": 1, "seed": 0,
     }  # fmt: skip
     assert summary["format"] == "mendlm-summary-1"
     for key in ("success", "generality", "success_generated", "generality_generated"):

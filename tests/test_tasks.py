@@ -49,6 +49,7 @@ EXPECTED = {
     "counterfact": EditExample(
         prompt="The mother tongue of Ana Lund is",
         target="Danish",
+        old="French",
         rephrasings=("Ana Lund grew up speaking",),
         unrelated=(Probe("The native language of Jo Bert is", "French"),),
         subject="Ana Lund",
@@ -56,6 +57,7 @@ EXPECTED = {
     "zsre": EditExample(
         prompt="Who designed Tall Tower?",
         target="Ada Vale",
+        old="Bo Rask",
         rephrasings=("What is the name of Tall Tower's architect?",),
         unrelated=(Probe("who sang the long song?", "The Singers"),),
         portability=(Probe("Where was Tall Tower's architect born?", "Oslo"),),
@@ -291,6 +293,8 @@ def test_any_json_value_is_a_request_or_a_record_error(name: str, record: Any) -
         problem = str(error)
     if problem:
         assert problem.startswith("file, record 1")
+        return
+    if parsed is None:
         return
     texts = [parsed.prompt, *([parsed.target, *parsed.rephrasings] if isinstance(parsed, EditExample) else [])]
     assert all(isinstance(text, str) and text.strip() for text in texts)

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mendlm.cli import comparing, edits, learning
+from mendlm.cli import comparing, data, edits, learning
 from mendlm.errors import MendError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ for command in (
     edits.inspect,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
+app.add_typer(data.app, name="data")
 
 
 def main(arguments: list[str] | None = None) -> None:

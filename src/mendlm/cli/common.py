@@ -17,6 +17,8 @@ import typer
 
 Show = Callable[..., None]
 LINE_SECONDS = 20
+REQUESTS = "counterfact, zsre, records, fever, wikitext, knowedit"
+"""The tasks that hold requests, for the help: the tasks themselves are imported when a command runs."""
 
 Model = Annotated[str, typer.Option("--model", help="'starter', a Hugging Face folder, or a hub id.")]
 EditorOption = Annotated[str | None, typer.Option("--editor", help="A run folder or editor file; the starter has its own.")]

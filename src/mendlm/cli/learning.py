@@ -15,7 +15,7 @@ import typer
 from mendlm.cli import common
 from mendlm.errors import InputError
 
-Data = Annotated[list[str], typer.Option("--data", help="TASK:PATH of requests (counterfact, zsre, records); may repeat.")]
+Data = Annotated[list[str], typer.Option("--data", help=f"TASK:PATH of requests ({common.REQUESTS}); may repeat.")]
 Locality = Annotated[
     list[str] | None, typer.Option("--locality", help="TASK:PATH of unrelated texts (also nq, text); may repeat.")
 ]
@@ -154,7 +154,7 @@ def command_line(arguments: list[str]) -> str:
 
 
 def evaluate(
-    data: Annotated[str, typer.Option("--data", help="TASK:PATH of requests (counterfact, zsre, records).")],
+    data: Annotated[str, typer.Option("--data", help=f"TASK:PATH of requests ({common.REQUESTS}).")],
     out: Annotated[Path, typer.Option("--out", help="Folder for results.jsonl and summary.json.")],
     model: common.Model = "starter",
     editor: common.EditorOption = None,

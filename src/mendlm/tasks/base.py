@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ class Probe:
 
     prompt: str
     answer: str | None = None
+    kind: str | None = None
+    """The group that the data put it in, as KnowEdit does: "Reasoning", "Relation_Specificity", ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class EditExample:
 
     prompt: str
     target: str
+    old: str | None = None
+    """The answer that the target replaces, where the data names it."""
     rephrasings: tuple[str, ...] = ()
     """Other ways to ask, which should get the target too."""
     unrelated: tuple[Probe, ...] = ()
@@ -55,25 +59,58 @@ class Dataset:
     """Malformed records left out on request."""
     prose: bool = False
     """The probes are passages of running text, for perplexity, not questions with an answer."""
+    left_out: int = 0
+    """Well-formed records that are no request."""
+    notes: tuple[str, ...] = ()
+    """What an output must say about the data: what is not published but made here, and how."""
 
     def limited(self, count: int | None) -> Dataset:
         """The first `count` examples."""
         examples = self.examples[:count]
         return replace(self, examples=examples, probes=tuple(p for e in examples for p in e.unrelated))
 
+    def split(self, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """Two parts, for training and validation, the second with about `share` of the prompts.
+
+        A hash of prompt and seed decides: records with one prompt stay together, and no other record has a say. An
+        unrelated prompt goes with its request, even if it is also the prompt of a request on the other side.
+        """
+        if not 0 < share < 1:
+            raise InputError(f"the share of the second part must lie between 0 and 1, got {share}")
+
+        def part(name: str, keep: Callable[[str], bool]) -> Dataset:
+            examples = tuple(e for e in self.examples if keep(e.prompt))
+            unrelated = tuple(p for e in examples for p in e.unrelated)
+            probes = unrelated if self.examples else tuple(p for p in self.probes if keep(p.prompt))
+            note = f"the {name} part of a split that puts {share:g} of the prompts into validation, seed {seed}"
+            return replace(self, examples=examples, probes=probes, notes=(*self.notes, note))
+
+        held_out = {p.prompt: chance("split", seed, p.prompt) < share for p in self.examples or self.probes}
+        return part("training", lambda prompt: not held_out[prompt]), part("validation", held_out.__getitem__)
+
 
 class Fields:
     """One record, read field by field; what is wrong is named with file, record number and field."""
 
-    def __init__(self, path: Path, line: int, record: Any) -> None:
-        self.path, self.line = path, line
+    def __init__(self, path: Path, line: int, record: Any, within: str = "") -> None:
+        self.path, self.line, self.within = path, line, within
         if not isinstance(record, dict):
-            raise RecordError(path, line, None, f"expected an object with fields, got {type(record).__name__}")
+            problem = f"expected an object with fields, got {type(record).__name__}"
+            raise RecordError(path, line, within.rstrip(".") or None, problem)
         self.record = record
 
     def error(self, field: str, problem: str) -> RecordError:
         """A `RecordError` about a field of this record."""
-        return RecordError(self.path, self.line, field, problem)
+        return RecordError(self.path, self.line, self.within + field, problem)
+
+    def inside(self, field: str, value: Any) -> Fields:
+        """The fields of an object inside this record; `field` is where it stands."""
+        return Fields(self.path, self.line, value, f"{self.within}{field}.")
+
+    def refuse(self, field: str, of: str) -> None:
+        """Refuse a field that belongs to another form, since it would be silently ignored."""
+        if field in self.record:
+            raise self.error(field, f"is a field of {of}")
 
     def text(self, field: str) -> str:
         """A field that must be a non-empty string."""
@@ -93,6 +130,10 @@ class Fields:
     def texts(self, field: str) -> tuple[str, ...]:
         """A list of non-empty strings; absent means none."""
         return tuple(self._check(f"{field}[{i}]", value) for i, value in enumerate(self._list(field)))
+
+    def objects(self, field: str) -> list[Fields]:
+        """A list of objects with fields; absent means none."""
+        return [self.inside(f"{field}[{i}]", value) for i, value in enumerate(self._list(field))]
 
     def probes(self, field: str, *, answered: bool = False) -> tuple[Probe, ...]:
         """A list of `{"prompt", "answer"?}` objects; absent means none."""
@@ -133,9 +174,24 @@ class Task(ABC):
     prose: ClassVar[bool] = False
     """The file holds running text."""
 
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        """What is drawn for a record is a hash of this and of its text, whatever else the file holds."""
+
     @abstractmethod
-    def parse(self, fields: Fields) -> EditExample | Probe:
-        """One record as a request, or as an unrelated text. Raises `RecordError`."""
+    def parse(self, fields: Fields) -> EditExample | Probe | None:
+        """One record as a request, as an unrelated text, or None for a well-formed one that is neither.
+
+        Raises `RecordError`.
+        """
+
+    def finish(self, examples: list[EditExample]) -> list[EditExample]:
+        """A file's requests, completed by what only the whole file can give."""
+        return examples
+
+    def notes(self, examples: Sequence[EditExample]) -> tuple[str, ...]:
+        """What an output must say about these requests, as `Dataset.notes`."""
+        return ()
 
     def records(self, path: Path) -> Iterator[tuple[int, Any]]:
         """The file's raw records, each with its number: the line of JSON Lines, the position in a JSON list."""
@@ -160,7 +216,7 @@ class Task(ABC):
             raise InputError(f"the data file {path} does not exist")
         examples: list[EditExample] = []
         probes: list[Probe] = []
-        skipped = 0
+        skipped = left_out = 0
         for number, record in self.records(path):
             try:
                 if isinstance(record, RecordError):
@@ -171,15 +227,50 @@ class Task(ABC):
                     raise
                 skipped += 1
                 continue
-            if isinstance(parsed, Probe):
+            if parsed is None:
+                left_out += 1
+            elif isinstance(parsed, Probe):
                 probes.append(parsed)
             else:
                 examples.append(parsed)
-                probes += parsed.unrelated
         if not examples and not probes:
-            raise RecordError(path, None, None, f"holds no usable record ({skipped} malformed)")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Dataset(f"{self.name}:{path.name}", digest, tuple(examples), tuple(probes), skipped, self.prose)
+            counts = f"{skipped} malformed" + (f", {left_out} that are no request" if left_out else "")
+            raise RecordError(path, None, None, f"holds no usable record ({counts})")
+        examples = self.finish(examples)
+        return Dataset(
+            name=f"{self.name}:{path.name}",
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            examples=tuple(examples),
+            probes=(*probes, *(probe for example in examples for probe in example.unrelated)),
+            skipped=skipped,
+            prose=self.prose,
+            left_out=left_out,
+            notes=self.notes(examples),
+        )
+
+
+def chance(*parts: object) -> float:
+    """A number in [0, 1) that depends on the parts alone: the same on every machine and in every run.
+
+    The first part says what is drawn, so that two draws about one text are independent.
+    """
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48
+
+
+def exchange(examples: list[EditExample]) -> list[EditExample]:
+    """Unrelated prompts from the file itself, for data that has none of its own.
+
+    An example whose only unrelated prompt is its own prompt offers it to others, and gets that of the example half the
+    file away, or the next one with another prompt; alone in the file, it has none.
+    """
+    offers = [i for i, e in enumerate(examples) if [p.prompt for p in e.unrelated] == [e.prompt]]
+    exchanged = list(examples)
+    for place, index in enumerate(offers):
+        turned = (offers[(place + len(offers) // 2 + step) % len(offers)] for step in range(len(offers)))
+        other = next((examples[i].unrelated for i in turned if examples[i].prompt != examples[index].prompt), ())
+        exchanged[index] = replace(examples[index], unrelated=other)
+    return exchanged
 
 
 def is_question(prompt: str) -> bool:
