@@ -24,7 +24,7 @@ from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import Encoded, Formatter
 
 NAMES = ("Ana", "Bo Rask", "Cy", "Dora Lund", "Eli", "Fay Ott")
-CONFIG = EvaluationConfig(batch_size=4, timed_edits=2)
+CONFIG = EvaluationConfig(batch_size=4, timed_edits=2, context="The capital of France is Paris.")
 
 
 def example(index: int) -> EditExample:
@@ -35,6 +35,8 @@ def example(index: int) -> EditExample:
         target="x" if asked else " of",
         rephrasings=(f"{name} lives in", f"Where {name} lives:")[: index % 3],
         unrelated=((Probe(f"The river of {name}", "an"), Probe(f"{name} likes")) if index % 4 else ()),
+        old=("an" if index % 3 else " the city") if index != 2 else None,
+        portability=(Probe(f"{name} is the", "old", "Reasoning"), Probe(f"{name} has", "a"))[: index % 3],
         subject=name,
         question=asked,
     )
@@ -121,6 +123,25 @@ class Oracle:
         counted = len(text.target) - text.ended
         return bool(before[:counted].equal(after[:counted]))
 
+    def kl(self, index: int, text: Encoded) -> float:
+        p, q = (self.forward(weights, text.prompt, text.target).log_softmax(-1) for weights in ({}, self.weights[index]))
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    def new_over_old(self, index: int, one: EditExample, probes: list[Probe]) -> dict[str, Any] | None:
+        def better(prompt: str, likely: str, other: str, end: bool) -> list[bool]:
+            pair = [self.nll(index, self.form.encode(prompt, answer, end=end)) for answer in (likely, other)]
+            return [a < b for a, b in zip(*pair, strict=True)]
+
+        if one.old is None:
+            return None
+        places = {"prompt": [better(one.prompt, one.target, one.old, one.question)]}
+        if one.rephrasings:
+            places["rephrasing"] = [better(prompt, one.target, one.old, one.question) for prompt in one.rephrasings]
+        shared = [probe for probe in probes if probe.answer == one.old]
+        if shared:
+            places["neighbour"] = [better(probe.prompt, one.old, one.target, False) for probe in shared]
+        return places
+
     def probe(self, probe: Probe) -> Encoded:
         text = self.form.encode(probe.prompt, probe.answer)
         if probe.answer is not None:
@@ -166,8 +187,25 @@ def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, setti
         watched = [*one.unrelated, ASKING.probes[index % 2]]
         probes += [(index, probe) for probe in watched]
         assert [p["kept"] for p in row["locality"]] == [oracle.kept(index, oracle.probe(probe)) for probe in watched]
+        found = [oracle.forward(w, exact.prompt, exact.target).argmax(-1) for w in ({}, oracle.weights[index])]
+        counted = len(exact.target) - exact.ended
+        shares = [mean([float(a == b) for a, b in zip(f.tolist(), exact.target[:counted], strict=False)]) for f in found]
+        assert row["token_accuracy"] == pytest.approx(shares)
+        kls = [oracle.kl(index, oracle.probe(probe)) for probe in watched]
+        assert [p["kl"] for p in row["locality"]] == pytest.approx(kls, rel=1e-3, abs=1e-5)
+        following = [oracle.right(index, form.encode(p.prompt, p.answer)) for p in one.portability]
+        assert [(p["kind"], list(p["right"])) for p in row["portability"]] == [
+            (p.kind, right) for p, right in zip(one.portability, following, strict=True)
+        ]
+        assert row.get("new_over_old") == oracle.new_over_old(index, one, [p for p in watched if p.answer])
+        for spec in editor.specs:
+            change = oracle.weights[index][f"{spec.name}.weight"] - oracle.model.get_parameter(f"{spec.name}.weight")
+            assert row["norm"][spec.name] == pytest.approx(change.norm().item(), rel=1e-3, abs=1e-5)
         match = metrics.answers if one.question else metrics.continues
-        for key, texts in (("success", [exact]), ("generality", rephrased)):
+        company = form.encode(f"{CONFIG.context} {one.prompt}", one.target, end=one.question)
+        for key, texts in (("success", [exact]), ("generality", rephrased), ("context", [company])):
+            contained = [[metrics.contains(said, one.target) for said in pair] for pair in row[f"{key}_text"]]
+            assert row[f"{key}_contained"] == contained
             for text, found, flags in zip(texts, row[f"{key}_text"], row[f"{key}_generated"], strict=True):
                 for weights, said, flag in zip(({}, oracle.weights[index]), found, flags, strict=True):
                     tokens = oracle.greedy(weights, text.prompt, longest + 4)
@@ -179,6 +217,21 @@ def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, setti
     assert summary["success"]["after"] == pytest.approx(mean([row["success"][1] for row in results.rows]))
     several = [row["generality"] for row in results.rows if row["generality"]]
     assert summary["generality"]["after"] == pytest.approx(mean([mean([after for _, after in pairs]) for pairs in several]))
+    whole = [mean([after for _, after in [row["success"], *row["generality"]]]) for row in results.rows]
+    assert summary["edit_success"]["after"] == pytest.approx(mean(whole))
+    one_each = [(row["generality"][:1] or [row["success"]])[0][1] for row in results.rows]
+    assert summary["edit_success_release"]["after"] == pytest.approx(mean(one_each))
+    for name, where in (("efficacy", "prompt"), ("paraphrase", "rephrasing"), ("neighbourhood", "neighbour")):
+        pairs = [row["new_over_old"][where] for row in results.rows if where in row.get("new_over_old", {})]
+        for side, key in enumerate(("before", "after")):
+            assert summary["new_over_old"][name][key] == pytest.approx(mean([mean([p[side] for p in own]) for own in pairs]))
+    assert set(summary["portability"]) == {"Reasoning", ""}
+    for kind, value in summary["portability"].items():
+        own = [[p["right"][1] for p in row["portability"] if (p["kind"] or "") == kind] for row in results.rows]
+        assert value["after"] == pytest.approx(mean([mean(rights) for rights in own if rights]))
+    assert summary["unrelated_kl"] == pytest.approx(mean([p["kl"] for row in results.rows for p in row["locality"]]))
+    for name, value in summary["weight_change"].items():
+        assert value == pytest.approx(mean([row["norm"][name] for row in results.rows]))
     kept = [mean([p["kept"] for p in row["locality"]]) for row in results.rows]
     assert summary["locality"]["after"] == pytest.approx(mean(kept))
     pairs = [oracle.right(i, form.encode(p.prompt, p.answer)) for i, p in probes if p.answer is not None]

@@ -81,3 +81,24 @@ def test_answers(generated: str, target: str, expected: bool) -> None:
 )
 def test_continues_at_a_word_boundary(generated: str, target: str, expected: bool) -> None:
     assert metrics.continues(generated, target) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "found"),
+    [
+        ("It is Lyon, of course", "Lyon", True),
+        ("in LYON.", " Lyon.", True),
+        ("Lyonnaise", "Lyon", False),
+        ("a+b is c", "a+b", True),
+        ("", "Lyon", False),
+    ],
+)
+def test_contains_finds_a_target_between_word_boundaries_in_any_case(text: str, target: str, found: bool) -> None:
+    assert metrics.contains(text, target) is found
+
+
+def test_the_harmonic_mean() -> None:
+    assert metrics.harmonic_mean([1.0, 0.5, 0.25]) == pytest.approx(3 / 7)
+    assert metrics.harmonic_mean([1.0, 0.0]) == 0.0
+    assert metrics.harmonic_mean([1.0, None]) is None
+    assert metrics.harmonic_mean([]) is None

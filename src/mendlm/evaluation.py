@@ -275,7 +275,8 @@ class Evaluator:
             for (i, probe), score in zip(watched, of_unrelated, strict=True)
             if probe.answer is not None and examples[i].old == probe.answer
         ]
-        news = [(i // k, self.encode(examples[i], probe.prompt)) for i, probe, _ in shared]
+        chat = self.config.chat
+        news = [(i // k, self.formatter.encode(probe.prompt, examples[i].target, chat=chat)) for i, probe, _ in shared]
         for (i, _, old), new in zip(shared, self.score(news, edit), strict=True):
             better = [a < b for a, b in zip(old.nll, new.nll, strict=True)]
             rows[i]["new_over_old"].setdefault("neighbour", []).append(better)
