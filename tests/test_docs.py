@@ -1,0 +1,76 @@
+"""The code in README and guides runs: Python blocks as they stand, `mendlm` commands with short training; and the examples."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from cases import byte_tokenizer, tiny
+from mendlm.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/quickstart.md", "docs/methods.md", "docs/baseline.md", "docs/extending.md")
+ELSEWHERE = {"docs/tasks.md": "test_data.py"}
+"""Pages whose code another test runs."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_two_commands_are_there() -> None:
+    shell = "\n".join(blocks("README.md", "bash"))
+    assert "pip install -c constraints.txt -e '.[all]' && mendlm demo" in shell
+    assert "pip install -c constraints.txt -e '.[test]' && pytest" in shell
+
+
+def test_every_page_with_code_is_run_somewhere() -> None:
+    with_code = {
+        f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if re.search(r"```(bash|python)", path.read_text())
+    }
+    assert with_code == {*PAGES[1:], *ELSEWHERE}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_runs_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (facts,) = blocks("README.md", "json")
+    (tmp_path / "facts.jsonl").write_text(facts)
+    (tmp_path / "some-text.txt").write_text("The river runs through the old city and on to the sea, past mills and farms. " * 9)
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if not line.startswith("mendlm"):
+                continue
+            line = re.sub(r"--steps \d+", "--steps 1 --set batch_size=2 --set normalizer_examples=2", line)
+            with pytest.raises(SystemExit) as stop:
+                main(shlex.split(line, comments=True)[1:])
+            assert stop.value.code == 0, line
+    scope: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), scope)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_the_examples_run(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = [{"prompt": f"The home of {who} is", "target": "Ulm", "unrelated": [{"prompt": "Why?"}]} for who in ("Ana", "Bo")]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--model", str(model), "--data", "records:facts.jsonl", "--steps", "2"])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    assert "success" in capsys.readouterr().out
