@@ -105,8 +105,8 @@ class Evaluator:
 
     def encode(self, example: EditExample, prompt: str) -> Encoded:
         """A prompt with the example's target, in the form that the configuration asks for."""
-        chat = self.config.chat
-        end = target_ends(self.config.target_end, question=example.question, chat=chat)
+        chat, family = self.config.chat, self.formatter.family
+        end = target_ends(self.config.target_end, question=example.question, chat=chat, family=family)
         return self.formatter.encode(prompt, example.target, chat=chat, end=end)
 
     def edit(self, examples: Sequence[EditExample]) -> Edit:
