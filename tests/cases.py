@@ -26,6 +26,14 @@ ENCODER_DECODERS = ("t5", "bart")
 CLASSIFIERS = ("bert",)
 GENERATORS = DECODERS + ENCODER_DECODERS
 ALL = GENERATORS + CLASSIFIERS
+"""What every test of a module runs on."""
+
+MORE = ("mistral", "qwen2", "gemma", "gemma2", "gemma3 vision", "smollm3", "phi", "phi3", "gpt_neox")
+MORE += ("t5 v1.0", "mt5", "mbart")
+MORE += ("bert two logits", "roberta", "roberta two logits", "distilbert", "distilbert two logits")
+MORE += ("modernbert", "modernbert two logits")
+EVERY = ALL + MORE
+"""What `test_families.py` runs on: every architecture in the table of default layers."""
 
 _IDS = {"vocab_size": VOCAB, "bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
 _ROPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": BLOCKS, "num_attention_heads": 2, "head_dim": 8}
@@ -33,7 +41,19 @@ _ROPE |= {"num_key_value_heads": 1, "max_position_embeddings": 128, **_IDS}
 _GPT = {"n_embd": 16, "n_layer": BLOCKS, "n_head": 2, "n_positions": 128, "n_inner": 24, **_IDS}
 
 
+_ENCODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": BLOCKS, "num_attention_heads": 2}
+_ENCODER |= {"max_position_embeddings": 128, **_IDS}
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 2, "dropout_rate": 0.0}
+_T5 |= {"decoder_start_token_id": END, **_IDS}
+_BART = {"d_model": 16, "max_position_embeddings": 128, "decoder_start_token_id": END, "forced_eos_token_id": END, **_IDS}
+for _side in ("encoder", "decoder"):
+    _BART |= {f"{_side}_layers": 3, f"{_side}_ffn_dim": 24, f"{_side}_attention_heads": 2}
+_SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * (BLOCKS // 2)}
+
+
 def _build(name: str) -> transformers.PreTrainedModel:
+    labels = {"num_labels": 2 if name.endswith(" two logits") else 1}
+    name = name.removesuffix(" two logits")
     match name:
         case "gpt2":
             return transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT))
@@ -53,23 +73,57 @@ def _build(name: str) -> transformers.PreTrainedModel:
         case "qwen3":
             return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(tie_word_embeddings=True, **_ROPE))
         case "gemma3":
-            kinds = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
-            config = transformers.Gemma3TextConfig(sliding_window=6, layer_types=kinds, query_pre_attn_scalar=8, **_ROPE)
+            config = transformers.Gemma3TextConfig(query_pre_attn_scalar=8, **_SLIDING, **_ROPE)
             return transformers.Gemma3ForCausalLM(config)
-        case "t5":
-            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 2}
-            options = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dropout_rate": 0.0}
-            options |= {"decoder_start_token_id": END}
-            return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **options, **_IDS))
+        case "mistral":
+            return transformers.MistralForCausalLM(transformers.MistralConfig(sliding_window=6, **_ROPE))
+        case "qwen2":
+            sizes = {name: value for name, value in _ROPE.items() if name != "head_dim"}
+            return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(tie_word_embeddings=False, **sizes))
+        case "gemma":
+            return transformers.GemmaForCausalLM(transformers.GemmaConfig(**_ROPE))
+        case "gemma2":
+            config = transformers.Gemma2Config(query_pre_attn_scalar=8, final_logit_softcapping=5.0, **_SLIDING, **_ROPE)
+            return transformers.Gemma2ForCausalLM(config)
+        case "gemma3 vision":
+            text = {"query_pre_attn_scalar": 8, **_SLIDING, **_ROPE}
+            vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+            config = transformers.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+            return transformers.Gemma3ForConditionalGeneration(config)
+        case "smollm3":
+            return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**_ROPE))
+        case "phi":
+            sizes = {name: value for name, value in _ROPE.items() if name != "head_dim"} | {"num_key_value_heads": 2}
+            return transformers.PhiForCausalLM(transformers.PhiConfig(partial_rotary_factor=0.5, **sizes))
+        case "phi3":
+            sizes = {name: value for name, value in _ROPE.items() if name != "head_dim"}
+            return transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes))
+        case "gpt_neox":
+            return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**_ENCODER))
+        case "t5" | "t5 v1.0" | "mt5":
+            kind, tied = ("relu", True) if name == "t5 v1.0" else ("gated-gelu", False)
+            options = {"feed_forward_proj": kind, "tie_word_embeddings": tied, **_T5}
+            if name != "mt5":
+                return transformers.T5ForConditionalGeneration(transformers.T5Config(**options))
+            model = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**options))
+            # Built from its configuration the head is tied whatever that says; read from a file it is not.
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+            return model
         case "bart":
-            sizes = {"d_model": 16, "max_position_embeddings": 128, "decoder_start_token_id": END, "forced_eos_token_id": END}
-            for side in ("encoder", "decoder"):
-                sizes |= {f"{side}_layers": 3, f"{side}_ffn_dim": 24, f"{side}_attention_heads": 2}
-            return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **_IDS))
+            return transformers.BartForConditionalGeneration(transformers.BartConfig(**_BART))
+        case "mbart":
+            return transformers.MBartForConditionalGeneration(transformers.MBartConfig(**_BART))
         case "bert":
-            sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": BLOCKS, "num_attention_heads": 2}
-            config = transformers.BertConfig(num_labels=1, max_position_embeddings=128, **sizes, **_IDS)
-            return transformers.BertForSequenceClassification(config)
+            return transformers.BertForSequenceClassification(transformers.BertConfig(**labels, **_ENCODER))
+        case "roberta":
+            return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**labels, **_ENCODER))
+        case "distilbert":
+            sizes = {"dim": 16, "hidden_dim": 24, "n_layers": BLOCKS, "n_heads": 2, "max_position_embeddings": 128}
+            return transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**sizes, **labels, **_IDS))
+        case "modernbert":
+            options = {"local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}
+            config = transformers.ModernBertConfig(**options, **labels, **_ENCODER)
+            return transformers.ModernBertForSequenceClassification(config)
     raise KeyError(name)
 
 
@@ -86,6 +140,17 @@ def tiny(name: str) -> transformers.PreTrainedModel:
                 else:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.requires_grad_(False).eval()
+
+
+def other() -> transformers.PreTrainedModel:
+    """A decoder of a type that the table of default layers does not name."""
+    sizes = {name: value for name, value in _ROPE.items() if name != "head_dim"}
+    return transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes))
+
+
+def mixture() -> transformers.PreTrainedModel:
+    """A mixture of experts, whose MLP matrices are 3-d parameters."""
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**_ROPE, "num_hidden_layers": 2}, num_local_experts=2))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -115,9 +180,16 @@ def inputs(
 
 
 def requests(model: transformers.PreTrainedModel, batch: int = 3, tokens: int = 7, rng: torch.Generator | None = None) -> Batch:
-    """A batch of edit requests: random inputs, with the last two positions of each row scored for random targets."""
+    """A batch of edit requests: random inputs, with the last two positions of each row scored for random targets.
+
+    A classifier's rows have one random label each.
+    """
     rng = rng or generator()
     given = inputs(model, batch, tokens, rng)
+    if model.get_output_embeddings() is None:
+        row, labels = torch.arange(batch), max(2, model.config.num_labels)
+        label = torch.randint(labels, (batch,), generator=rng)
+        return Batch(given, row, torch.zeros_like(row), label, torch.zeros(batch, dtype=torch.bool), batch)
     lengths = given.get("decoder_attention_mask", given["attention_mask"]).sum(1)
     row = torch.arange(batch).repeat_interleave(2)
     column = torch.stack([lengths - 2, lengths - 1], 1).flatten()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mendlm.apply import Edit
 from mendlm.layers import LayerSpec
+from mendlm.losses import bernoulli_nll
 from mendlm.lowrank import LowRank
 from mendlm.methods.knowledge_editor import KnowledgeEditor
 from mendlm.methods.malmen import Malmen
@@ -65,8 +66,13 @@ def alone(batch: Batch, index: int) -> Batch:
 
 
 def nll(model: Any, batch: Batch) -> Tensor:
-    """The sum over examples of the mean NLL of their targets, from the full logits."""
-    logits = model(**batch.inputs, use_cache=False).logits[batch.row, batch.column]
+    """The sum over examples of the mean NLL of their targets, from the full logits; a single logit's is Bernoulli's."""
+    logits = model(**batch.inputs, use_cache=False).logits
+    if logits.shape[-1] == 1:
+        return bernoulli_nll(logits[:, 0], batch.label.to(logits.dtype)).sum()
+    if logits.dim() == 2:
+        return F.cross_entropy(logits, batch.label, reduction="sum")
+    logits = logits[batch.row, batch.column]
     return sum(F.cross_entropy(logits[batch.row == i], batch.label[batch.row == i]) for i in range(batch.size))
 
 

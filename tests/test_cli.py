@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from cases import byte_tokenizer, tiny
+from cases import byte_tokenizer, other, tiny
 from mendlm.apply import Edit, applied
 from mendlm.cli import main
 from mendlm.files import read_tensors
+from mendlm.layers import select
 from mendlm.models import load
 from mendlm.text import Formatter
 
@@ -240,6 +241,39 @@ def test_inspect(run: Command) -> None:
     assert len(seen["default"]) == 9
     widths = 2 * 2 * (16 + 24) * 3 + (16 + 24)  # U and V of two blocks, b
     assert seen["editor_bytes"] == 4 * (2 * widths + 9 * 4 * (16 + 24) + 9)
+
+
+def test_inspect_says_what_it_found_in_a_model_outside_the_table(
+    run: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other().save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    seen = run("inspect", tmp_path / "other")
+    assert (seen["model_type"], seen["blocks"], seen["default"]) == ("stablelm", {"model.layers": 4}, [])
+    found = {name.partition(".3.")[2] for name in (layer["name"] for layer in seen["editable"]) if ".3." in name}
+    assert found == {f"self_attn.{m}_proj" for m in "qkvo"} | {f"mlp.{m}_proj" for m in ("gate", "up", "down")}
+    assert "'stablelm'" in seen["no_default"]
+    assert "by pattern" in seen["no_default"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "other")])
+    text = capsys.readouterr().out
+    assert "no default layers are known for model type 'stablelm'" in text
+    (pattern,) = {word for word in text.split() if word.endswith(".mlp.up_proj")}  # what it shows can be given as it is
+    model, _ = load(tmp_path / "other")
+    assert [spec.name for spec in select(model, [pattern])] == [f"model.layers.{i}.mlp.up_proj" for i in range(4)]
+
+
+def test_inspect_names_a_classifiers_labels(run: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny("bert two logits").save_pretrained(tmp_path / "bert")
+    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    seen = run("inspect", tmp_path / "bert")
+    assert (seen["family"], seen["labels"]) == ("classifier", ["REFUTES", "SUPPORTS"])
+    assert len(seen["default"]) == 6
+    assert run("inspect", "model")["labels"] == []
+    answer = run("generate", "--model", tmp_path / "bert", "--prompt", "Oslo is in Norway.")["answer"]
+    assert answer in seen["labels"]
+    assert "takes no chat turns" in run("generate", "--model", tmp_path / "bert", "--prompt", "Who?", "--chat", fails=True)
 
 
 def test_text_output(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

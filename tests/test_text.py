@@ -283,13 +283,6 @@ def test_a_target_without_tokens_is_refused() -> None:
         formatter("llama", made).encode("x\n", "\u200b")
 
 
-def test_a_classifier_is_refused() -> None:
-    form = formatter("bert")
-    assert form.family == "classifier"
-    with pytest.raises(InputError, match="classifier"):
-        form.encode("a", "b")
-
-
 @given(st.lists(st.integers(1, 200), max_size=40), st.floats(1.0, 3.0), st.none() | st.integers(1, 8))
 def test_by_length_covers_everything_once_within_spread_and_limit(lengths: list[int], spread: float, limit: int | None) -> None:
     groups = by_length(lengths, spread=spread, limit=limit)

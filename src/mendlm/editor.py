@@ -68,10 +68,9 @@ class Editor:
             r if isinstance(r, EditExample) else EditExample(prompt=r[0], target=r[1], question=is_question(r[0]))
             for r in requests
         ]
-        texts = [
-            self.formatter.encode(e.prompt, e.target, chat=chat, end=target_ends(target_end, question=e.question, chat=chat))
-            for e in examples
-        ]
+        family = self.formatter.family
+        ends = [target_ends(target_end, question=e.question, chat=chat, family=family) for e in examples]
+        texts = [self.formatter.encode(e.prompt, e.target, chat=chat, end=end) for e, end in zip(examples, ends, strict=True)]
         edits: list[Edit | None] = [None] * len(examples)
         for group in by_length([len(text) for text in texts], limit=batch_size):
             batch = self.method.edits(self.model, self.formatter.batch([texts[i] for i in group])) * scale

@@ -112,8 +112,8 @@ class Evaluator:
 
     def encode(self, example: EditExample, prompt: str, answer: str | None = None) -> Encoded:
         """A prompt with the example's target, or another answer, in the form that the configuration asks for."""
-        chat = self.config.chat
-        end = target_ends(self.config.target_end, question=example.question, chat=chat)
+        chat, family = self.config.chat, self.formatter.family
+        end = target_ends(self.config.target_end, question=example.question, chat=chat, family=family)
         return self.formatter.encode(prompt, answer or example.target, chat=chat, end=end)
 
     def edit(self, examples: Sequence[EditExample]) -> Edit:

@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -103,13 +104,12 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[LayerSpec]:
     """The layers that match any of the patterns, in model order.
 
     A pattern is a module name or the end of one, as in PEFT's `target_modules`, and may hold shell wildcards, as in
-    `layers.2[0-2].mlp.*`. Raises `LayerError` for a pattern that matches nothing, with near names.
+    `layers.2[0-2].mlp.*`. Raises `LayerError` for a pattern that matches nothing, with the reason or near names.
     """
     available = editable(model)
     if not available:
-        experts = [name for name, _ in model.named_parameters() if ".experts." in name]
-        reason = "its experts are 3-d parameters, not layers" if experts else "no Linear or Conv1D layer in a stack of blocks"
-        raise LayerError(f"{type(model).__name__} has no editable layers: {reason}")
+        reason = "no Linear or Conv1D layer in a stack of blocks"
+        raise LayerError(f"{type(model).__name__} has no editable layers: {reason}{_about_experts(model)}")
     chosen: set[str] = set()
     for pattern in patterns:
         found = {name for name in available if fnmatch.fnmatchcase(f".{name}", f"*.{pattern}")}
@@ -118,12 +118,20 @@ def select(model: nn.Module, patterns: Sequence[str]) -> list[LayerSpec]:
             raise LayerError(
                 f"the layer pattern '{pattern}' matches no editable layer; near names: {', '.join(near) or 'none'} "
                 f"({len(available)} layers can be edited, as {next(iter(available))}; `mendlm inspect` lists them)"
+                f"{_about_experts(model)}"
             )
         chosen |= found
     return [spec for name, spec in available.items() if name in chosen]
 
 
-# The MLP matrices that the paper edits, by model type, as names inside a block (shell patterns).
+def _about_experts(model: nn.Module) -> str:
+    """Why a model's experts cannot be chosen; empty for a model without any."""
+    experts = [name for name, weight in model.named_parameters() if ".experts." in name and weight.dim() == 3]
+    return f"; its experts are 3-d parameters, not layers, and cannot be edited: {experts[0]}, ..." if experts else ""
+
+
+# The MLP matrices that the paper edits, by model type, as names inside a block (shell patterns). Blocks are not named
+# here: `block_stacks` finds them by structure, which holds for models outside the table too.
 _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 MLP_MATRICES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3"), _GATED),
@@ -146,14 +154,16 @@ def default_layers(model: nn.Module) -> list[LayerSpec]:
 
     Raises `LayerError` for a model type that the table does not name: choose layers by pattern there.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", "?")
+    config: Any = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", "?")
     if model_type not in MLP_MATRICES:
         raise LayerError(
             f"no default layers are known for model type '{model_type}' (known: {', '.join(sorted(MLP_MATRICES))}); "
             "choose layers by pattern, for example layers=['*.mlp.*']; `mendlm inspect` lists what can be edited"
+            f"{_about_experts(model)}"
         )
     stacks = block_stacks(model)
-    depth = 3 if len(stacks) == 1 else 2
+    depth = 2 if config.is_encoder_decoder else 3
     chosen = []
     for name, spec in editable(model).items():
         stack, index = block_of(name, list(stacks))

@@ -5,6 +5,9 @@ The rules, in one place:
   target begins, with white space. BOS is the tokenizer's affair; an EOS that it appends to a prompt is taken off.
 - An encoder-decoder has the prompt in the encoder and the target alone in the decoder, behind the start token and a
   forced BOS, where the model has one (BART). Its targets always end with EOS.
+- A classifier reads the prompt alone, and its answer is one *label token*: the label's index. Its logits are the labels', one
+  scored position a text; a single logit z counts as the two logits [0, z] of a negative and a positive label, so that
+  softmax cross-entropy and KL are exactly those of the Bernoulli distribution.
 - A chat turn is rendered by the tokenizer's own template, with the target as the assistant's answer.
 - The end-of-answer token follows the target where `end` is asked for. Padding is by length, never by token id.
 - Scored positions are those that predict a target token; logits are computed there and nowhere else.
@@ -15,6 +18,7 @@ Knows tokenizers and models' inputs; knows no task and no method.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,13 +31,18 @@ from mendlm.errors import InputError, ModelError
 
 Family = Literal["causal", "encoder-decoder", "classifier"]
 TargetEnd = Literal["auto", "always", "never"]
+BINARY_LABELS = ("REFUTES", "SUPPORTS")
+"""What the labels of a binary classifier are called if its configuration does not name them: the second is positive."""
 NO_LABEL = -100
 """The label of a position that has logits but no wanted token: the end of a prompt without an answer."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text as token ids: prompt, target, and whether the target's last token is the end-of-answer token."""
+    """One text as token ids: prompt, target, and whether the target's last token is the end-of-answer token.
+
+    A classifier's target is one label token: the label's index.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -69,30 +78,32 @@ class Formatter:
     """The longest sequence that the model takes, in tokens."""
     start: tuple[int, ...] = ()
     """What a decoder is given before its first free token: the start token, and a forced BOS."""
+    labels: tuple[str, ...] = ()
+    """What a classifier's labels are called, in the order of their indices."""
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> Formatter:
-        """Read a loaded Hugging Face model and tokenizer."""
+        """Read a loaded Hugging Face model and tokenizer. Raises `ModelError` for one that it cannot feed."""
         config = model.config.get_text_config()
-        if config.is_encoder_decoder:
-            family: Family = "encoder-decoder"
+        family: Family = "causal" if model.get_output_embeddings() is not None else "classifier"
+        start: list[int | None] = []
+        labels: tuple[str, ...] = ()
+        if family == "classifier":
+            labels = _labels(model, tokenizer)
+        elif config.is_encoder_decoder:
+            family = "encoder-decoder"
             start = [config.decoder_start_token_id, getattr(model.generation_config, "forced_bos_token_id", None)]
             if start[0] is None:
                 raise ModelError(f"{type(model).__name__} has no decoder_start_token_id in its configuration; set one")
-        else:
-            family, start = "causal" if model.get_output_embeddings() is not None else "classifier", []
-        window = getattr(config, "max_position_embeddings", None)
-        if window is None and tokenizer.model_max_length < 10**9:
-            window = tokenizer.model_max_length
-        return cls(tokenizer, family, model.device, window, tuple(token for token in start if token is not None))
+        given = tuple(token for token in start if token is not None)
+        return cls(tokenizer, family, model.device, _window(model, tokenizer), given, labels)
 
     def encode(self, prompt: str, target: str | None, *, chat: bool = False, end: bool = False) -> Encoded:
         """One prompt, and a target or None, as token ids. `chat`: the prompt is a user's turn; `end`: end the answer.
 
-        Raises `InputError` for an empty prompt or target, a target without tokens, and a text over the model's window.
+        A classifier's target is a label's name, which has no end. Raises `InputError` for an empty prompt or target, a target
+        without tokens, an unknown label, a chat turn for a classifier, and a text over the model's window.
         """
-        if self.family == "classifier":
-            raise InputError("a classifier has no target text to generate; this needs a language model")
         if not prompt.strip():
             raise InputError("the prompt is empty; give the text that the model is to continue or answer")
         if target is not None and not target.strip():
@@ -105,15 +116,15 @@ class Formatter:
         ids = self._tokens(raw, special=not chat)
         answer: list[int] = []
         if target is not None:
-            answer = self._target(raw, ids, target, chat=chat)
+            answer = [self._label(target)] if self.family == "classifier" else self._target(raw, ids, target, chat=chat)
             if not answer:
                 raise InputError(f"the target {target!r} has no tokens in this model's vocabulary; write it differently")
-        ended = target is not None and (end or self.family == "encoder-decoder")
+        ended = target is not None and self.family != "classifier" and (end or self.family == "encoder-decoder")
         if ended:
             if self.tokenizer.eos_token_id is None:
                 raise InputError("the tokenizer has no end-of-sequence token to end the target with; set target_end to never")
             answer.append(self.tokenizer.eos_token_id)
-        parts = [ids, answer] if self.family == "encoder-decoder" else [ids + answer]
+        parts = [ids + answer] if self.family == "causal" else [ids, answer]
         for part in parts:
             if self.window is not None and len(part) > self.window:
                 raise InputError(f"the text has {len(part)} tokens, the model's window {self.window}; shorten {prompt[:60]!r}")
@@ -121,6 +132,8 @@ class Formatter:
 
     def render(self, prompt: str) -> str:
         """The prompt as a user's turn, up to where the assistant's answer begins, by the tokenizer's template."""
+        if self.family == "classifier":
+            raise InputError("a classifier takes no chat turns; give it the prompt as it is, without chat")
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError("this model's tokenizer has no chat template; use raw prompts")
         turns = [{"role": "user", "content": prompt}]
@@ -148,6 +161,11 @@ class Formatter:
             return whole[len(start) :]
         return list(self.tokenizer(glue + answer, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def _label(self, target: str) -> int:
+        if target.strip() not in self.labels:
+            raise InputError(f"this classifier has no label {target.strip()[:60]!r}; its labels are: {', '.join(self.labels)}")
+        return self.labels.index(target.strip())
+
     def batch(self, texts: Sequence[Encoded]) -> Batch:
         """Pad texts to one right-padded batch with its scored positions."""
         row, column, label, is_end = [], [], [], []
@@ -155,6 +173,8 @@ class Formatter:
         for index, text in enumerate(texts):
             if self.family == "encoder-decoder":
                 sequence, first = [*self.start, *text.target[:-1]], len(self.start) - 1
+            elif self.family == "classifier":
+                sequence, first = list(text.prompt), 0
             else:
                 sequence, first = [*text.prompt, *text.target[:-1]], len(text.prompt) - 1
             sequences.append(sequence)
@@ -191,10 +211,13 @@ class Formatter:
 
     @torch.no_grad()
     def generate(self, model: Any, prompts: Sequence[Encoded], max_new_tokens: int) -> list[tuple[int, ...]]:
-        """Greedy answers, one a prompt, as token ids up to and without the end-of-sequence token.
+        """Greedy answers, one a prompt, as token ids up to and without the end-of-sequence token; a classifier's is its label.
 
         Row i of the batch is prompt i, so a batch of edits routes as in `applied`.
         """
+        if self.family == "classifier":
+            batch = self.batch([Encoded(text.prompt, ()) for text in prompts])
+            return [(label,) for label in scored_logits(model, batch).argmax(-1).tolist()]
         ids, mask = self._pad([list(text.prompt) for text in prompts], left=self.family == "causal")
         if self.family == "causal" and self.window is not None:
             max_new_tokens = min(max_new_tokens, self.window - ids.shape[1] + 1)  # the last token is not fed back
@@ -214,12 +237,52 @@ class Formatter:
         return answers
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Token ids as text."""
+        """Token ids as text; a label token as its name."""
+        if self.family == "classifier":
+            return " ".join(self.labels[token] for token in tokens)
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-def target_ends(mode: TargetEnd, *, question: bool, chat: bool) -> bool:
-    """Whether a target ends with the end-of-answer token: `auto` does so for questions and in chat turns."""
+def _labels(model: Any, tokenizer: Any) -> tuple[str, ...]:
+    """A classifier's label names, by index."""
+    config, name = model.config, type(model).__name__
+    if config.is_encoder_decoder:
+        raise ModelError(f"{name} classifies with an encoder and a decoder; use an encoder's classifier, as BERT's")
+    if not hasattr(model, "num_labels"):
+        raise ModelError(f"{name} has no head that answers; load the language model or the classifier of that architecture")
+    if config.problem_type == "regression" or (config.problem_type == "multi_label_classification" and config.num_labels > 1):
+        raise ModelError(f"{name} is trained for {config.problem_type}; only classifiers with one right label can be edited")
+    if config.pad_token_id != tokenizer.pad_token_id:  # decoders find a text's end by it, RoBERTa its positions
+        own, other = config.pad_token_id, tokenizer.pad_token_id
+        raise ModelError(f"{name} pads with token {own}, its tokenizer with {other}; set pad_token_id of both alike")
+    names = config.id2label
+    if config.num_labels == 1:  # a single logit: only the other direction can hold both names
+        names = {int(index): label for label, index in (config.label2id or {}).items()}
+    labels = tuple(str(names[index]) for index in sorted(names))
+    unnamed = len(labels) < 2 or all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
+    return BINARY_LABELS if unnamed and len(labels) <= 2 else labels
+
+
+def _window(model: Any, tokenizer: Any) -> int | None:
+    """The longest sequence that the model takes, by its configuration, or else by its tokenizer; None: any."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            window -= module.padding_idx + 1  # as in RoBERTa, positions are counted from behind the padding's
+    return int(window)
+
+
+def target_ends(mode: TargetEnd, *, question: bool, chat: bool, family: Family = "causal") -> bool:
+    """Whether a target ends with the end-of-answer token: `auto` does so for questions and in chat turns.
+
+    A classifier's label has no end: `always` is an `InputError` there.
+    """
+    if family == "classifier":
+        if mode == "always":
+            raise InputError("target_end is always, but a classifier's label has no end; leave target_end at auto")
+        return False
     return mode == "always" or (mode == "auto" and (question or chat))
 
 
@@ -227,13 +290,19 @@ def scored_logits(model: Any, batch: Batch) -> Float[Tensor, "scored vocab"]:
     """The logits at the batch's scored positions, and only there: the head never sees another position.
 
     A forward pre-hook on the output embedding gathers the wanted hidden states into a contiguous tensor, which is right
-    for untied and softcapped heads too.
+    for untied and softcapped heads too. A classifier's are its labels' logits, those of [0, z] for a single logit z.
     """
+    head = model.get_output_embeddings()
+    if head is None:
+        labels: Tensor = model(**batch.inputs, use_cache=False).logits
+        if labels.shape[-1] == 1:
+            labels = torch.cat([torch.zeros_like(labels), labels], -1)
+        return labels[batch.row]
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0][batch.row, batch.column], *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(gather)
+    handle = head.register_forward_pre_hook(gather)
     try:
         logits: Tensor = model(**batch.inputs, use_cache=False).logits
     finally:

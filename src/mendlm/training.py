@@ -134,7 +134,7 @@ def draw(
 ) -> Drawn:
     """Choose a request's form, rephrasing and unrelated text, and encode them."""
     chat = rng.random() < config.chat_share
-    end = target_ends(config.target_end, question=example.question, chat=chat)
+    end = target_ends(config.target_end, question=example.question, chat=chat, family=formatter.family)
     edit = formatter.encode(example.prompt, example.target, chat=chat, end=end)
     again = rng.choice(example.rephrasings or (example.prompt,))
     rephrasing = formatter.encode(again, example.target, chat=chat, end=end)

@@ -206,10 +206,12 @@ def inspect(
     from mendlm.text import Formatter
 
     layers = editable(loaded)
+    formatter = Formatter.of(loaded, tokenizer)
     content: dict[str, Any] = {
         "model": type(loaded).__name__,
         "model_type": loaded.config.model_type,
-        "family": Formatter.of(loaded, tokenizer).family,
+        "family": formatter.family,
+        "labels": list(formatter.labels),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in loaded.parameters()),
         "blocks": {name: len(blocks) for name, blocks in block_stacks(loaded).items()},
@@ -245,9 +247,9 @@ def inspect(
         False,
         {},
         f"{content['model']} ({content['family']}), {content['parameters']:,} parameters in {content['dtype']}\n"
-        f"blocks: {stacks}",
+        f"blocks: {stacks}" + (f"\nlabels: {', '.join(content['labels'])}" if content["labels"] else ""),
     )
-    common.table("editable layers", ("layer", "d_out x d_in", "count"), rows_shown)
+    common.table("editable layers", ("pattern", "d_out x d_in", "layers"), rows_shown)
     if not content["default"]:
         common.emit(False, {}, content["no_default"])
         return
