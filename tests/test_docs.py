@@ -15,7 +15,7 @@ from cases import byte_tokenizer, tiny
 from mendlm.cli import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/quickstart.md", "docs/methods.md", "docs/baseline.md", "docs/extending.md")
+PAGES = ("README.md", "docs/quickstart.md", "docs/methods.md", "docs/models.md", "docs/baseline.md", "docs/extending.md")
 ELSEWHERE = {"docs/tasks.md": "test_data.py"}
 """Pages whose code another test runs."""
 
