@@ -165,11 +165,22 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
     out = tmp_path / "c"
     run("train", "--method", "ke", "--model", "model", "--data", "records:facts.jsonl", "--steps", 1, "--out", tmp_path / "ke",
         "--set", "batch_size=2", "--set", "normalizer_examples=3")  # fmt: skip
-    how = ("--methods", "mend,ke,ft,ft-kl", "--editor", "mend=run", "--editor", f"ke={tmp_path / 'ke'}", "--num-edits", "1,3")
+    how = (
+        "--methods",
+        "mend,ke,ft,ft-kl,prompt",
+        "--editor",
+        "mend=run",
+        "--editor",
+        f"ke={tmp_path / 'ke'}",
+        "--num-edits",
+        "1,3",
+    )
     settings = ("--set", "generate=false", "--set", "ft.steps=1", "--set", "ft-kl.steps=1", "--out", out)
     made = run(*COMPARE, *how, *settings)
     cells = json.loads((out / "table.json").read_text())
-    assert [(c["method"], c["num_edits"]) for c in cells] == [(m, n) for m in ("ft", "ft-kl", "ke", "mend") for n in (1, 3)]
+    assert [(c["method"], c["num_edits"]) for c in cells] == [
+        (m, n) for m in ("ft", "ft-kl", "ke", "mend", "prompt") for n in (1, 3)
+    ]
     assert all(c["count"] == 3 and c["generate"] is False for c in cells)
     assert cells[0]["method_config"]["steps"] == 1
     alone = run("eval", *ON, "--data", "records:facts.jsonl", "--locality", "records:facts.jsonl", "--out", tmp_path / "e",

@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from mendlm import metrics
 from mendlm.adapter import rank_of
-from mendlm.apply import Edit, applied, join
+from mendlm.apply import Edit, Intervention, applied, join
 from mendlm.errors import InputError
 from mendlm.files import new_folder, write_bytes, write_json
 from mendlm.layers import LayerSpec
@@ -116,9 +116,14 @@ class Evaluator:
         end = target_ends(self.config.target_end, question=example.question, chat=chat, family=family)
         return self.formatter.encode(prompt, answer or example.target, chat=chat, end=end)
 
-    def edit(self, examples: Sequence[EditExample]) -> Edit:
+    def edit(self, examples: Sequence[EditExample]) -> Intervention:
         """The edits of a chunk, one a group of `num_edits` examples."""
         texts, k = [self.encode(e, e.prompt) for e in examples], self.config.num_edits
+        if not self.method.edits_weights:
+            if self.config.scale != 1:
+                raise InputError(f"scale is {self.config.scale}, but the method '{self.method.name}' has no strength to change")
+            other: Any = self.method.edit(self.model, self.formatter.batch(texts))
+            return cast("Intervention", other.grouped(k))
         if not self.config.sequential:
             return self._edit_batch(texts, k)
         stack = self._edit_batch(texts[::k])
@@ -138,14 +143,14 @@ class Evaluator:
         return (self.method.combine(join(parts)[order.argsort()], together) * self.config.scale).require_finite()
 
     @contextlib.contextmanager
-    def _under(self, edit: Edit, routing: Tensor) -> Iterator[None]:
+    def _under(self, edit: Intervention, routing: Tensor) -> Iterator[None]:
         """Run the model with each row's edit, on what the method changed of the base."""
         change = self.method.changed_base()
         with change.on(self.model) if change is not None else contextlib.nullcontext(), edit.on(self.model, routing):
             yield
 
     @torch.no_grad()
-    def score(self, texts: Sequence[tuple[int, Encoded]], edit: Edit) -> list[_Score]:
+    def score(self, texts: Sequence[tuple[int, Encoded]], edit: Intervention) -> list[_Score]:
         """Score texts, each under the edit whose index it names."""
         scores: list[_Score | None] = [None] * len(texts)
         for group in by_length([len(text) for _, text in texts], limit=self.config.batch_size):
@@ -153,7 +158,8 @@ class Evaluator:
             routing = torch.tensor([texts[i][0] for i in group], device=self.formatter.device)
             with self.trunk.record() as tape:
                 base = scored_logits(self.model, batch)
-            with self.trunk.replay(tape), self._under(edit, routing):
+            trunk = self.trunk.replay(tape) if isinstance(edit, Edit) else contextlib.nullcontext()
+            with trunk, self._under(edit, routing):
                 edited = scored_logits(self.model, batch)
             assert not bool((batch.label == NO_LABEL).any())
 
@@ -181,7 +187,7 @@ class Evaluator:
                 )
         return [score for score in scores if score is not None]
 
-    def generate(self, texts: Sequence[tuple[int, Encoded]], edit: Edit | None, extra: int = 4) -> list[str]:
+    def generate(self, texts: Sequence[tuple[int, Encoded]], edit: Intervention | None, extra: int = 4) -> list[str]:
         """Greedy answers with natural stop, a few tokens longer than the target at most."""
         answers = [""] * len(texts)
         for group in by_length([len(text.prompt) for _, text in texts], limit=self.config.batch_size):
@@ -236,7 +242,7 @@ class Evaluator:
         self._rivals(rows, examples, edit, (of_exact, asked, of_rephrased, watched, of_unrelated))
         for row, score in zip(rows, self.score(prose, edit), strict=False):
             row["prose"] = {"nll": score.nll, "tokens": score.tokens}
-        norms = {name: update.norm().tolist() for name, update in edit.updates.items()}
+        norms = {name: update.norm().tolist() for name, update in edit.updates.items()} if isinstance(edit, Edit) else {}
         for i, row in enumerate(rows):
             row["norm"] = {name: values[i // k] for name, values in norms.items()}
         if self.config.generate:
@@ -255,7 +261,13 @@ class Evaluator:
                     rows[i][f"{name}_text"].append(found)
         return rows
 
-    def _rivals(self, rows: list[dict[str, Any]], examples: Sequence[EditExample], edit: Edit, scored: tuple[Any, ...]) -> None:
+    def _rivals(
+        self,
+        rows: list[dict[str, Any]],
+        examples: Sequence[EditExample],
+        edit: Intervention,
+        scored: tuple[Any, ...],
+    ) -> None:
         """Whether the target is likelier than the old answer, before and after; and the old one on a neighbour.
 
         Likelier: the lower mean NLL of its tokens. For requests whose data names the old answer.
@@ -291,7 +303,8 @@ class Evaluator:
             if self.formatter.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - begun))
-            assert isinstance(edit, Edit)
+            if not isinstance(edit, Edit):
+                continue
             updates = edit[0].trimmed().updates
             size = max(size, rank_of(updates) * sum(4 * sum(update.shape) for update in updates.values()))
         return times[1:], size

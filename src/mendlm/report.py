@@ -99,15 +99,16 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
     for number, (data, mine) in enumerate(_by(cells, "data").items(), start=1):
         least = min(cell["num_edits"] for cell in mine)
         for name, x, label in (
-            ("accuracy", lambda c: c["drawdown_acc"], "drawdown: accuracy lost on unrelated answers"),
+            ("accuracy", _loss, "drawdown: accuracy lost on unrelated answers"),
             ("perplexity", _rise, "drawdown: rise of the perplexity"),
         ):
-            points = [cell for cell in mine if cell["num_edits"] == least and x(cell) is not None]
+            drawdowns = [(cell, x(cell)) for cell in mine if cell["num_edits"] == least]
+            points = [(cell, value) for cell, value in drawdowns if value is not None]
             if points:
                 figure, axis = plt.subplots(figsize=(6, 4))
-                for cell in points:
-                    axis.errorbar(x(cell), cell["success"]["after"], yerr=_bars(cell["success"]), marker="o", capsize=3)
-                    axis.annotate(_name(cell), (x(cell), cell["success"]["after"]), xytext=(5, 5), textcoords="offset points")
+                for cell, value in points:
+                    axis.errorbar(value, cell["success"]["after"], yerr=_bars(cell["success"]), marker="o", capsize=3)
+                    axis.annotate(_name(cell), (value, cell["success"]["after"]), xytext=(5, 5), textcoords="offset points")
                 axis.set(title=data, xlabel=label, ylabel="success", ylim=(-0.03, 1.05))
                 yield f"success-over-{name}-{number}", _png(figure)
         if len({cell["num_edits"] for cell in mine}) > 1:
@@ -140,6 +141,11 @@ def _by(cells: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, A
 
 def _name(cell: dict[str, Any]) -> str:
     return f"{cell['method']}, chat" if cell["chat"] else str(cell["method"])
+
+
+def _loss(cell: dict[str, Any]) -> float | None:
+    lost: float | None = cell["drawdown_acc"]
+    return lost
 
 
 def _rise(cell: dict[str, Any]) -> float | None:

@@ -24,7 +24,7 @@ Model = Annotated[str, typer.Option("--model", help="'starter', a Hugging Face f
 EditorOption = Annotated[str | None, typer.Option("--editor", help="A run folder or editor file; the starter has its own.")]
 MethodOption = Annotated[
     str | None,
-    typer.Option("--method", help="mend, malmen, ke, enn (trained), ft, ft-kl, ft-strong or lora; a run says its own."),
+    typer.Option("--method", help="mend, malmen, ke, enn (trained), ft, ft-kl, ft-strong, lora, prompt; a run says its own."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
@@ -157,6 +157,8 @@ def open_method(
         raise InputError(f"the method '{name}' has no editor; leave --editor out")
     settings = parse_config(config, values)
     formatter = Formatter.of(model, tokenizer)
+    if name == "prompt":
+        return kind(settings, tokenizer(settings.separator, add_special_tokens=False)["input_ids"]), {}
+    specs = select(model, settings.layers) if settings.layers else default_layers(model)
     probes = [probe for dataset in unrelated for probe in dataset.probes[:256]] if settings.kl_weight else []
-    texts = [formatter.batch([formatter.encode(probe.prompt, probe.answer)]) for probe in probes]
-    return kind(select(model, settings.layers) if settings.layers else default_layers(model), settings, texts), {}
+    return kind(specs, settings, [formatter.batch([formatter.encode(p.prompt, p.answer)]) for p in probes]), {}

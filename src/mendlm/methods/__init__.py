@@ -16,6 +16,7 @@ _PLACES = {
     "ft-kl": ("finetune", "FineTune", "FineTuneKLConfig"),
     "ft-strong": ("finetune", "FineTune", "FineTuneStrongConfig"),
     "lora": ("finetune", "FineTune", "LoRAConfig"),
+    "prompt": ("prompt", "Prompt", "PromptConfig"),
 }
 LEARNED = ("mend", "malmen", "ke", "enn")
 """The methods that `mendlm train` trains."""

@@ -23,6 +23,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     """What the command line and result files call the method."""
+    edits_weights: ClassVar[bool] = True
+    """Whether `edit` gives an `Edit`, which has rows; else it gives another intervention, with `grouped` as an `Edit` has."""
 
     @abstractmethod
     def edit(self, model: Any, batch: Batch) -> Intervention:
