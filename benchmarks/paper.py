@@ -1,0 +1,244 @@
+"""The paper's tables, run for real: bases, editors, and every method under one protocol.
+
+    python benchmarks/paper.py --data-dir DIR --work DIR                    # everything, in order
+    python benchmarks/paper.py --data-dir DIR --work DIR fever-bert many    # some of it
+
+Each part is a few `mendlm` commands in processes of their own; what is done is kept in --work, so that an interrupted run
+goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all cells, commands and seconds) and pictures to
+docs/images/. `--share 0.05` shortens every training to that share of its steps, to see whether it all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import bench
+from mendlm.files import read_json, write_bytes, write_json
+from mendlm.report import draw, find, write
+from mendlm.tasks.base import chance
+
+HERE = Path(__file__).parent
+UNTRAINED = ("ft", "ft-kl", "ft-strong", "lora", "prompt")
+EDITOR = {"mend": ["editor.rank=128"], "malmen": ["editor.rank=128"], "ke": [], "enn": []}
+"""Learned methods, and the settings of their editors."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One table: a base, data, and the methods scored on it."""
+
+    base: str
+    """`starter`, or a base of `prepare/bases.py`."""
+    train: tuple[str, ...]
+    dev: str
+    locality: tuple[str, ...] = ()
+    """Unrelated texts while training."""
+    watched: tuple[str, ...] = ()
+    """Unrelated texts while scoring."""
+    learned: tuple[str, ...] = ("mend", "ke", "enn", "malmen")
+    untrained: tuple[str, ...] = UNTRAINED
+    counts: tuple[int, ...] = (1,)
+    """Requests edited at once; trained at each."""
+    steps: int = 200
+    batch: int = 32
+    limit: int = 200
+    settings: tuple[str, ...] = ()
+    """Settings of every training."""
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
+    """Name -> settings of further editors of the first learned method: the ablations."""
+
+
+NQ, TEXT, PPL = "nq:{data}/nq-open-dev.jsonl", "text:{data}/wikitext-2-a.txt", "text:{data}/wikitext-2-b.txt"
+COUNTERFACT = ("counterfact:{data}/counterfact-train.json",)
+ZSRE, FEVER = ("zsre:{data}/zsre-train.json",), ("fever:{work}/fever-train.jsonl",)
+WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
+ATTENTION = 'editor.layers=["*.[345].attention.self.query", "*.[345].attention.self.value"]'
+PARTS: dict[str, Part] = {
+    "gpt-counterfact": Part(
+        "starter", COUNTERFACT, "counterfact:{data}/counterfact-dev.json", watched=(PPL,), settings=WEIGHTS
+    ),
+    "gpt-zsre": Part("starter", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (PPL,), settings=WEIGHTS),
+    "t5-zsre": Part("t5-questions", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), steps=400, settings=WEIGHTS),
+    "fever-bert": Part("bert-fever", FEVER, "fever:{work}/fever-dev.jsonl", FEVER, untrained=UNTRAINED[:-1], settings=WEIGHTS),
+    "gpt2-wikitext": Part(
+        "gpt2-small",
+        ("wikitext:{work}/wikitext-train.json",),
+        "wikitext:{work}/wikitext-dev.json",
+        (TEXT,),
+        (PPL,),
+        steps=400,
+        settings=WEIGHTS,
+    ),
+    "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), steps=400, settings=WEIGHTS),
+    "many": Part(
+        "t5-questions",
+        ZSRE,
+        "zsre:{data}/zsre-dev.json",
+        (NQ,),
+        learned=("mend", "enn", "malmen"),
+        untrained=(),
+        counts=(1, 5, 25, 75, 125),
+        batch=125,
+        settings=WEIGHTS,
+    ),
+    "ablations": Part(
+        "bert-fever",
+        FEVER,
+        "fever:{work}/fever-dev.jsonl",
+        FEVER,
+        learned=("mend",),
+        untrained=(),
+        settings=WEIGHTS,
+        variants={
+            "": (),
+            "no sharing": ("editor.shared=false",),
+            "no normalisation": ("editor.normalize=false",),
+            "no identity": ("editor.init=xavier",),
+            "only u": ("editor.inputs=u",),
+            "only delta": ("editor.inputs=delta",),
+            "only the smaller": ("editor.inputs=smaller",),
+            "attention": (ATTENTION,),
+        },
+    ),
+}
+
+
+class Driver:
+    """Runs parts in a work folder, and remembers how long each command took."""
+
+    def __init__(self, data: Path, work: Path, share: float, limit: int | None, device: str) -> None:
+        self.data, self.work, self.share, self.limit, self.device = data, work, share, limit, device
+        self.times = work / "seconds.json"
+        self.seconds: dict[str, float] = read_json(self.times) if self.times.is_file() else {}
+
+    def run(self, name: str, command: Sequence[str]) -> None:
+        """Run a command; its seconds, those of earlier interrupted tries included, are kept."""
+        print(f"== {name}: {shlex.join(command[1:])}", flush=True)
+        begun = time.perf_counter()
+        try:
+            subprocess.run(command, check=True)
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - begun, 1)
+            write_json(self.times, self.seconds)
+
+    def mendlm(self, name: str, *arguments: str) -> None:
+        """Run a `mendlm` command."""
+        self.run(name, [sys.executable, "-m", "mendlm", *arguments])
+
+    def place(self, source: str) -> str:
+        """A data source with its folders filled in."""
+        return source.format(data=self.data, work=self.work)
+
+    def base(self, name: str) -> str:
+        """A base model: its folder, fitted now if it is not there."""
+        folder = self.work / "bases" / name
+        if name != "starter" and not folder.exists():
+            steps = ["--steps", str(max(2, int(800 * self.share)))] if self.share < 1 else []
+            script = str(HERE / "prepare" / "bases.py")
+            self.run(f"base {name}", [sys.executable, script, name, "--data-dir", str(self.data), "--out", str(folder), *steps])
+        return "starter" if name == "starter" else str(folder)
+
+    def prepare(self, part: Part) -> None:
+        """Data files that are made, not published: FEVER and Wikitext in a training and a held-out part."""
+        if "fever" in part.dev and not (self.work / "fever-dev.jsonl").is_file():
+            lines = (self.data / "fever-claims-dev.jsonl").read_text(encoding="utf-8").splitlines()
+            parts: dict[str, list[str]] = {"train": [], "dev": []}
+            for line in lines:
+                parts["dev" if chance("fever", 0, json.loads(line)["claim"]) < 0.1 else "train"].append(line)
+            for side, kept in parts.items():
+                write_bytes(self.work / f"fever-{side}.jsonl", "".join(f"{line}\n" for line in kept).encode())
+        if "wikitext" in part.dev and not (self.work / "wikitext-dev.json").is_file():
+            whole, count = self.work / "wikitext.json", str(max(64, int(2400 * self.share)))
+            sampled = ["--text", str(self.data / "wikitext-2-a.txt"), "--count", count, "--force", "--out", str(whole)]
+            self.mendlm("sampling wikitext", "data", "wikitext", "--model", "starter", *sampled)
+            made = read_json(whole)
+            for side in ("train", "dev"):
+                kept = [i for i, text in enumerate(made["original"]) if (chance("wikitext", 0, text) < 0.2) == (side == "dev")]
+                fields = {name: [made[name][i] for i in kept] for name in ("original", "completions")}
+                write_json(self.work / f"wikitext-{side}.json", {"n_tokens": made["n_tokens"], **fields})
+
+    def editors(self, name: str, part: Part, base: str) -> Iterator[tuple[str, str, int, Path]]:
+        """Train every editor of a part: variant, method, requests at once, run folder."""
+        for variant, more in part.variants.items():
+            for method in part.learned:
+                for count in part.counts:
+                    run = self.work / name / "runs" / f"{method}@{count}{variant and '-' + variant.replace(' ', '-')}"
+                    steps = max(2, int(part.steps * self.share))
+                    batch = part.batch // count * count
+                    given = (*part.settings, f"batch_size={batch}", f"num_edits={count}", *EDITOR[method], *more)
+                    options = [word for setting in given for word in ("--set", setting)]
+                    options += [word for source in part.train for word in ("--data", self.place(source))]
+                    options += [word for source in part.locality for word in ("--locality", self.place(source))]
+                    log = run / "metrics.jsonl"
+                    if not log.is_file() or len(log.read_text().splitlines()) < steps:
+                        resume = ["--resume"] if (run / "checkpoint.safetensors").is_file() else []
+                        common = ["--model", base, "--method", method, "--steps", str(steps), "--device", self.device]
+                        self.mendlm(f"train {name} {run.name}", "train", *common, *options, "--out", str(run), *resume)
+                    yield variant, method, count, run
+
+    def part(self, name: str) -> None:
+        """One table, from its base to its pictures."""
+        part = PARTS[name]
+        base = self.base(part.base)
+        self.prepare(part)
+        limit = min(part.limit, self.limit or part.limit)
+        groups: dict[str, list[str]] = {}
+        for variant, method, count, run in self.editors(name, part, base):
+            groups.setdefault(variant, []).extend(["--editor", f"{method}@{count}={run}"])
+        for variant, editors in groups.items():
+            methods = ",".join((*part.learned, *part.untrained))
+            out = self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}"
+            options = ["--num-edits", ",".join(map(str, part.counts)), "--limit", str(limit), "--device", self.device]
+            options += [word for source in (*part.watched, *part.locality) for word in ("--locality", self.place(source))]
+            common = ["--model", base, "--data", self.place(part.dev), "--methods", methods]
+            self.mendlm(f"compare {name} {variant}".strip(), "compare", *common, *editors, *options, "--out", str(out))
+        self.publish(name, list(groups))
+
+    def publish(self, name: str, variants: list[str]) -> None:
+        """Cells, seconds and pictures of a part, where the guides find them."""
+        cells = []
+        for variant in variants:
+            for cell in find([self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}" / "cells"]):
+                cells.append({**cell, "method": f"{cell['method']}, {variant}" if variant else cell["method"]})
+        write(cells, self.work / name / "report")
+        seconds = {key: value for key, value in self.seconds.items() if name in key or PARTS[name].base in key}
+        machine = bench.machine(torch.device(self.device))
+        result = {"part": name, "machine": machine, "share": self.share, "seconds": seconds, "cells": cells}
+        target = HERE if self.share == 1 else self.work
+        (target / "results").mkdir(exist_ok=True)
+        write_json(target / "results" / f"paper-{name}.json", result)
+        images = HERE.parent / "docs" / "images" if self.share == 1 else self.work / "images"
+        images.mkdir(exist_ok=True)
+        for picture, content in draw(cells):
+            write_bytes(images / f"paper-{name}-{picture}.png", content)
+        shutil.copy(self.work / name / "report" / "table.md", target / "results" / f"paper-{name}.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The paper's tables, run for real.")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which tables; by default all, in order")
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder of bases, runs and results; reused")
+    parser.add_argument("--share", type=float, default=1.0, help="share of every training's steps")
+    parser.add_argument("--limit", type=int, help="requests scored at most")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    driver = Driver(arguments.data_dir, arguments.work, arguments.share, arguments.limit, arguments.device)
+    for name in arguments.parts or PARTS:
+        driver.part(name)
+
+
+if __name__ == "__main__":
+    main()
