@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -387,3 +388,12 @@ def test_results_are_saved_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == results.summary
     Results([], {"count": 0}).save(tmp_path / "out", force=True)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == {"count": 0}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system cannot forget a peak")
+def test_the_peak_of_memory_is_that_of_the_evaluation_not_of_what_ran_before_it() -> None:
+    large = torch.ones(2**28)  # 1 GiB
+    del large
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    first = run(trained("llama"), config=replace(CONFIG, generate=False)).summary["peak_memory_mb"]
+    assert 50 < first < before - 500

@@ -334,6 +334,7 @@ def evaluate(
     if not examples:
         raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {k}")
     evaluator = Evaluator(method, specs, model, tokenizer, config)
+    _forget_peak(evaluator.formatter.device)
     asking = [source.probes for source in locality if not source.prose]
     reading = [probe for source in locality if source.prose for probe in source.probes]
     chunk = max(1, config.batch_size // k) * k
@@ -436,8 +437,20 @@ def _perplexity(texts: Sequence[dict[str, Any]], side: int) -> float | None:
     return math.exp(min(700.0, sum(text["nll"][side] * text["tokens"] for text in texts) / tokens))  # e^710 overflows
 
 
+def _forget_peak(device: torch.device) -> None:
+    """Start measuring the peak of memory anew; where the system cannot, it stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

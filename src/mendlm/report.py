@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -105,10 +106,11 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
             drawdowns = [(cell, x(cell)) for cell in mine if cell["num_edits"] == least]
             points = [(cell, value) for cell, value in drawdowns if value is not None]
             if points:
-                figure, axis = plt.subplots(figsize=(6, 4))
-                for cell, value in points:
-                    axis.errorbar(value, cell["success"]["after"], yerr=_bars(cell["success"]), marker="o", capsize=3)
-                    axis.annotate(_name(cell), (value, cell["success"]["after"]), xytext=(5, 5), textcoords="offset points")
+                figure, axis = plt.subplots(figsize=(7.5, 4))
+                for (cell, value), marker in zip(points, itertools.cycle("osD^v<>PX*"), strict=False):
+                    bars = _bars(cell["success"])
+                    axis.errorbar(value, cell["success"]["after"], bars, marker=marker, ls="", capsize=3, label=_name(cell))
+                axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
                 axis.set(title=data, xlabel=label, ylabel="success", ylim=(-0.03, 1.05))
                 yield f"success-over-{name}-{number}", _png(figure)
         if len({cell["num_edits"] for cell in mine}) > 1:
@@ -128,7 +130,7 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
         axes[0].barh(labels, [cell["edit_ms"]["p50"] or 0 for cell in mine])
         axes[0].set(title="one edit", xlabel="ms")
         axes[1].barh(labels, [cell["peak_memory_mb"] for cell in mine])
-        axes[1].set(title="peak memory of the whole run", xlabel="MiB")
+        axes[1].set(title="peak memory while scoring", xlabel="MiB")
         yield f"cost-{number}", _png(figure)
 
 
