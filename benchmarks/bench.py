@@ -6,11 +6,9 @@ A claim is a ratio of two things timed in the same process, in turns, so that a 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import time
@@ -96,24 +94,6 @@ def editor_for(model: Any, blocks: Sequence[int] | str | None, rank: int = 256) 
     else:
         specs = list(select(model, [f"model.layers.{block}.mlp.*" for block in blocks]))
     return Mend(specs, MendConfig(rank=rank)).to(model.device), specs
-
-
-def reset_peak_memory() -> None:
-    """Forget the peak so far: of the allocator on a GPU, of the process where the system can (Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The peak since `reset_peak_memory`, in MiB: of the allocator on a GPU, else of the process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    for line in _lines("/proc/self/status"):
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 import bench
 import mendlm
 import oracle
+from mendlm import memory
 from mendlm.losses import token_nll
 from mendlm.recording import record
 from mendlm.replay import Trunk
@@ -71,7 +72,7 @@ def side(arguments: Any) -> dict[str, Any]:
     trunk = Trunk.below(model, specs)
     with torch.no_grad():
         scored_logits(model, formatter.batch([drawn[0].edit]))
-    bench.reset_peak_memory()
+    memory.forget_peak(model.device)
     if arguments.side == "activations":
         kept = []
         for group in by_length([len(d.edit) for d in drawn]):
@@ -90,7 +91,7 @@ def side(arguments: Any) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
     device = model.device
-    peak = bench.peak_memory_mb(device)
+    peak = memory.peak_mb(device)
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     editor = sum(parameter.nbytes for parameter in method.parameters()) / 2**20
     return {"peak_mb": peak, "base_mb": weights, "editor_state_mb": 3 * editor, "device": device.type}

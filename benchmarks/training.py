@@ -54,8 +54,8 @@ def measure(arguments: Any, model: Any, single: Any, formatter: Formatter, drawn
     by_size = sorted(drawn, key=lambda d: len(d.edit) + len(d.rephrasing) + len(d.unrelated or ()))
     some = by_size[:: -(-len(drawn) // arguments.oracle_edits)]  # short and long ones as they come in the batch
 
-    def step(cache: TrunkCache | None = None) -> None:
-        loss, _ = outer_loss(method, model, formatter, trunk, drawn, CONFIG, cache)
+    def step(below: Trunk | TrunkCache) -> None:
+        loss, _ = outer_loss(method, model, formatter, below, drawn, CONFIG)
         (loss / len(drawn)).backward()
         method.zero_grad()
 
@@ -69,7 +69,7 @@ def measure(arguments: Any, model: Any, single: Any, formatter: Formatter, drawn
     assert abs(loss.item() - expected) <= (1e-3 if model.dtype == torch.float32 else 0.1) * abs(expected), (loss, expected)
     with tempfile.TemporaryDirectory() as folder:
         cache = TrunkCache(trunk, model, folder)
-        sides = {"step": step, "cached": lambda: step(cache), "oracle": lambda: in_turn(single)}
+        sides = {"step": lambda: step(trunk), "cached": lambda: step(cache), "oracle": lambda: in_turn(single)}
         if single is not model:
             sides["oracle_same_dtype"] = lambda: in_turn(model)
         seconds = bench.interleaved(sides, arguments.rounds)

@@ -40,13 +40,13 @@ def test_a_text_is_run_once_and_the_loss_stays(tmp_path: Path, computed: list[in
     plain, _ = outer_loss(method, model, form, trunk, drawn, SMALL)
     computed.clear()
     cache = TrunkCache(trunk, model, tmp_path)
-    first, _ = outer_loss(method, model, form, trunk, drawn, SMALL, cache)
+    first, _ = outer_loss(method, model, form, cache, drawn, SMALL)
     assert torch.equal(first, plain), "equal batches, equal bits"
     texts = {t.prompt + t.target[:-1] for d in drawn for t in (d.edit, d.rephrasing, d.unrelated) if t}
     assert sum(computed) == len(texts)
     cache.flush()
     for known in (cache, TrunkCache(trunk, model, tmp_path)):
-        again, _ = outer_loss(method, model, form, trunk, drawn[::-1], SMALL, known)
+        again, _ = outer_loss(method, model, form, known, drawn[::-1], SMALL)
         torch.testing.assert_close(again, plain)
         assert sum(computed) == len(texts)
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mendlm import metrics
+from mendlm import memory, metrics
 from mendlm.adapter import rank_of
 from mendlm.apply import Edit, Intervention, applied, join
 from mendlm.errors import InputError
@@ -334,7 +331,7 @@ def evaluate(
     if not examples:
         raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {k}")
     evaluator = Evaluator(method, specs, model, tokenizer, config)
-    _forget_peak(evaluator.formatter.device)
+    memory.forget_peak(evaluator.formatter.device)
     asking = [source.probes for source in locality if not source.prose]
     reading = [probe for source in locality if source.prose for probe in source.probes]
     chunk = max(1, config.batch_size // k) * k
@@ -364,93 +361,10 @@ def evaluate(
         "left_out": data.left_out,
         "unused": len(data.examples) - len(rows),
         **{name: value for name, value in asdict(config).items() if name != "timed_edits"},
-        **summarise(rows, config),
+        **metrics.summarise(rows, seed=config.seed),
         "drawdown_text": prose,
         "edit_ms": {"p50": metrics.percentile(times, 0.5), "p95": metrics.percentile(times, 0.95)},
-        "peak_memory_mb": _peak_memory_mb(evaluator.formatter.device),
+        "peak_memory_mb": memory.peak_mb(evaluator.formatter.device),
         "adapter_bytes": size,
     }
     return Results(rows, summary)
-
-
-def summarise(rows: Sequence[dict[str, Any]], config: EvaluationConfig) -> dict[str, Any]:
-    """The metrics over all rows, with their 95 % bootstrap intervals."""
-
-    def before_after(pairs: Sequence[Sequence[Sequence[bool]]]) -> dict[str, float | None]:
-        """Per edit, the mean over its texts; then over edits that have any."""
-        means = [[sum(side) / len(texts) for side in zip(*texts, strict=True)] for texts in pairs if texts]
-        low, high = metrics.bootstrap([after for _, after in means], seed=config.seed)
-        return {
-            "before": metrics.mean([b for b, _ in means]),
-            "after": metrics.mean([a for _, a in means]),
-            "low": low,
-            "high": high,
-        }
-
-    new = [row for row in rows if not row["success"][0]]
-    rivals = {
-        name: before_after([row.get("new_over_old", {}).get(where, []) for row in rows])
-        for name, where in (("efficacy", "prompt"), ("paraphrase", "rephrasing"), ("neighbourhood", "neighbour"))
-    }
-    kinds = sorted({p["kind"] or "" for row in rows for p in row["portability"]})
-    summary: dict[str, Any] = {
-        "success": before_after([[row["success"]] for row in rows]),
-        "generality": before_after([row["generality"] for row in rows]),
-        "edit_success": before_after([[row["success"], *row["generality"]] for row in rows]),
-        "edit_success_release": before_after([row["generality"][:1] or [row["success"]] for row in rows]),
-        "token_accuracy": before_after([[row["token_accuracy"]] for row in rows]),
-        "new_over_old": {
-            **rivals,
-            "score": {side: metrics.harmonic_mean([r[side] for r in rivals.values()]) for side in ("before", "after")},
-        },
-        "portability": {
-            kind: before_after([[p["right"] for p in row["portability"] if (p["kind"] or "") == kind] for row in rows])
-            for kind in kinds
-        },
-        "already_given": len(rows) - len(new),
-        "success_of_new": before_after([[row["success"]] for row in new]),
-        **{
-            f"{name}_{how}": before_after([row.get(f"{name}_{how}", []) for row in rows])
-            for how in ("generated", "contained")
-            for name in ("success", "generality", *(["context"] if config.context else []))
-        },
-    }
-    kept = [sum(p["kept"] for p in row["locality"]) / len(row["locality"]) for row in rows if row["locality"]]
-    low, high = metrics.bootstrap(kept, seed=config.seed)
-    summary["locality"] = {"after": metrics.mean(kept), "low": low, "high": high}
-    summary["weight_change"] = {name: metrics.mean([row["norm"][name] for row in rows]) for name in rows[0]["norm"]}
-    summary["unrelated_kl"] = metrics.mean([p["kl"] for row in rows for p in row["locality"]])
-    answered = [p for row in rows for p in row["locality"] if p["answered"]]
-    right = [metrics.mean([float(p["right"][side]) for p in answered]) for side in (0, 1)]
-    summary["drawdown_acc"] = right[0] - right[1] if right[0] is not None and right[1] is not None else None
-    read = [row["prose"] for row in rows if "prose" in row] or answered
-    ppl = [_perplexity(read, side) for side in (0, 1)]
-    summary["perplexity"] = {"before": ppl[0], "after": ppl[1]}
-    summary["drawdown_ppl"] = ppl[1] - ppl[0] if ppl[0] is not None and ppl[1] is not None else None
-    return summary
-
-
-def _perplexity(texts: Sequence[dict[str, Any]], side: int) -> float | None:
-    tokens = sum(text["tokens"] for text in texts)
-    if not tokens:
-        return None
-    return math.exp(min(700.0, sum(text["nll"][side] * text["tokens"] for text in texts) / tokens))  # e^710 overflows
-
-
-def _forget_peak(device: torch.device) -> None:
-    """Start measuring the peak of memory anew; where the system cannot, it stays that of the whole process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError):
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -26,7 +26,8 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -77,3 +78,67 @@ def continues(generated: str, target: str) -> bool:
     generated, target = generated.lstrip(), target.strip()
     following = generated[len(target) : len(target) + 1]
     return generated.startswith(target) and not (following.isalnum() and target[-1:].isalnum())
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+    """The metrics over all rows of an evaluation, with their 95 % bootstrap intervals."""
+
+    def before_after(pairs: Sequence[Sequence[Sequence[bool]]]) -> dict[str, float | None]:
+        """Per edit, the mean over its texts; then over edits that have any."""
+        means = [[sum(side) / len(texts) for side in zip(*texts, strict=True)] for texts in pairs if texts]
+        low, high = bootstrap([after for _, after in means], seed=seed)
+        return {
+            "before": mean([b for b, _ in means]),
+            "after": mean([a for _, a in means]),
+            "low": low,
+            "high": high,
+        }
+
+    new = [row for row in rows if not row["success"][0]]
+    rivals = {
+        name: before_after([row.get("new_over_old", {}).get(where, []) for row in rows])
+        for name, where in (("efficacy", "prompt"), ("paraphrase", "rephrasing"), ("neighbourhood", "neighbour"))
+    }
+    kinds = sorted({p["kind"] or "" for row in rows for p in row["portability"]})
+    summary: dict[str, Any] = {
+        "success": before_after([[row["success"]] for row in rows]),
+        "generality": before_after([row["generality"] for row in rows]),
+        "edit_success": before_after([[row["success"], *row["generality"]] for row in rows]),
+        "edit_success_release": before_after([row["generality"][:1] or [row["success"]] for row in rows]),
+        "token_accuracy": before_after([[row["token_accuracy"]] for row in rows]),
+        "new_over_old": {
+            **rivals,
+            "score": {side: harmonic_mean([r[side] for r in rivals.values()]) for side in ("before", "after")},
+        },
+        "portability": {
+            kind: before_after([[p["right"] for p in row["portability"] if (p["kind"] or "") == kind] for row in rows])
+            for kind in kinds
+        },
+        "already_given": len(rows) - len(new),
+        "success_of_new": before_after([[row["success"]] for row in new]),
+        **{
+            f"{name}_{how}": before_after([row.get(f"{name}_{how}", []) for row in rows])
+            for how in ("generated", "contained")
+            for name in ("success", "generality", *(["context"] if "context_text" in rows[0] else []))
+        },
+    }
+    kept = [sum(p["kept"] for p in row["locality"]) / len(row["locality"]) for row in rows if row["locality"]]
+    low, high = bootstrap(kept, seed=seed)
+    summary["locality"] = {"after": mean(kept), "low": low, "high": high}
+    summary["weight_change"] = {name: mean([row["norm"][name] for row in rows]) for name in rows[0]["norm"]}
+    summary["unrelated_kl"] = mean([p["kl"] for row in rows for p in row["locality"]])
+    answered = [p for row in rows for p in row["locality"] if p["answered"]]
+    right = [mean([float(p["right"][side]) for p in answered]) for side in (0, 1)]
+    summary["drawdown_acc"] = right[0] - right[1] if right[0] is not None and right[1] is not None else None
+    read = [row["prose"] for row in rows if "prose" in row] or answered
+    ppl = [_perplexity(read, side) for side in (0, 1)]
+    summary["perplexity"] = {"before": ppl[0], "after": ppl[1]}
+    summary["drawdown_ppl"] = ppl[1] - ppl[0] if ppl[0] is not None and ppl[1] is not None else None
+    return summary
+
+
+def _perplexity(texts: Sequence[Mapping[str, Any]], side: int) -> float | None:
+    tokens = sum(text["tokens"] for text in texts)
+    if not tokens:
+        return None
+    return math.exp(min(700.0, sum(text["nll"][side] * text["tokens"] for text in texts) / tokens))  # e^710 overflows

@@ -159,23 +159,20 @@ def outer_loss(
     method: Learned,
     model: Any,
     formatter: Formatter,
-    trunk: Trunk,
+    trunk: Trunk | TrunkCache,
     drawn: Sequence[Drawn],
     config: TrainConfig,
-    cache: TrunkCache | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The outer loss summed over the requests, and sums of what is worth watching; nothing is synchronised.
 
     Differentiable in the method's parameters. Each pass is differentiated as soon as it has run, down to the edit alone,
     so that one group of texts holds its activations at a time; the result carries these gradients on to the method.
-    `cache` remembers the trunk's outputs.
     """
-    run = (trunk if cache is None else cache).run
     passes: list[tuple[str, list[int], Batch, Any]] = []
     parts, order = [], []
     for group in by_length([len(d.edit) for d in drawn]):
         batch = formatter.batch([drawn[i].edit for i in group])
-        tape = run(model, batch.inputs)
+        tape = trunk.run(model, batch.inputs)
         with trunk.replay(tape):
             parts.append(method.parts(model, batch))
         passes.append(("success", group, batch, tape))
@@ -186,7 +183,7 @@ def outer_loss(
         watched = [(i, text) for i, text in enumerate(texts) if text is not None]
         for positions in by_length([len(text) for _, text in watched]):
             batch = formatter.batch([watched[p][1] for p in positions])
-            passes.append((name, [watched[p][0] for p in positions], batch, run(model, batch.inputs)))
+            passes.append((name, [watched[p][0] for p in positions], batch, trunk.run(model, batch.inputs)))
 
     edit, changed = made.leaves(), change.leaves() if change is not None else None
     pairs = [(t, leaf) for t, leaf in zip(_tensors(made, change), _tensors(edit, changed), strict=True) if leaf.requires_grad]
@@ -250,8 +247,9 @@ class Trainer:
         self.formatter = Formatter.of(model, tokenizer)
         model.requires_grad_(False)
         model.eval()
-        self.trunk = Trunk.below(model, method.specs) if config.replay else Trunk(())
-        self.cache = TrunkCache(self.trunk, model, trunk_cache) if trunk_cache is not None else None
+        self.trunk: Trunk | TrunkCache = Trunk.below(model, method.specs) if config.replay else Trunk(())
+        if trunk_cache is not None:
+            self.trunk = TrunkCache(self.trunk, model, trunk_cache)
         rates = {id(parameter) for parameter in method.rates()}
         networks = [parameter for parameter in method.parameters() if id(parameter) not in rates]
         self.optimizer = torch.optim.Adam([{"params": networks}, {"params": method.rates()}])
@@ -289,7 +287,7 @@ class Trainer:
         drawn = self._drawn(self.batch(self.step), f"step/{self.step}")
         processes, k = self.accelerator.num_processes, self.config.num_edits
         mine = [d for i, d in enumerate(drawn) if (i // k) % processes == self.accelerator.process_index]
-        loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, mine, self.config, self.cache)
+        loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, mine, self.config)
         self.optimizer.zero_grad()
         (loss / len(drawn)).backward()
         for parameter in self.method.parameters():
@@ -309,7 +307,7 @@ class Trainer:
         whole = len(drawn) - len(drawn) % self.config.num_edits
         for start in range(0, whole, self.config.batch_size):
             some = drawn[start : min(start + self.config.batch_size, whole)]
-            _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config, self.cache)
+            _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config)
             for name, value in sums.items():
                 total[f"valid_{name}"] = total.get(f"valid_{name}", 0.0) + value.item() / whole
         return total
@@ -348,8 +346,8 @@ class Trainer:
             self.run.save_checkpoint(self.method, self.optimizer, state)
             if not self.valid and self.step:
                 self._save_editor()
-        if self.cache is not None:
-            self.cache.flush()
+        if isinstance(self.trunk, TrunkCache):
+            self.trunk.flush()
 
     def _save_editor(self) -> None:
         if self.accelerator.is_main_process:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ SHARD_BYTES = 64 << 20
 
 
 class TrunkCache:
-    """`Trunk.run` with a memory. Serves models with one stack of blocks, whose blocks return one tensor."""
+    """A trunk with a memory, which runs and replays as `Trunk` does. For one stack of blocks that return one tensor each."""
 
     def __init__(self, trunk: Trunk, model: Any, folder: str | Path) -> None:
         if len(trunk.groups) != 1:
@@ -70,8 +71,12 @@ class TrunkCache:
             self.flush()
         return [nn.utils.rnn.pad_sequence(rows, batch_first=True).to(inputs["input_ids"].device)]
 
+    def replay(self, tape: Tape) -> AbstractContextManager[None]:
+        """As `Trunk.replay`."""
+        return self.trunk.replay(tape)
+
     def flush(self) -> None:
-        """Write what is new as a shard. Raises `StorageError` where that cannot be written."""
+        """Write what is new as a shard, and map it. Raises `StorageError` where that cannot be written."""
         if not self._new:
             return
         tensors = {
