@@ -220,6 +220,17 @@ def test_compare_refuses(run: Command, tmp_path: Path, more: tuple[str, ...], me
     assert not (tmp_path / "c").exists()
 
 
+def test_the_normaliser_may_follow_along_while_editing(run: Command, tmp_path: Path) -> None:
+    found = [
+        run("eval", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / name, "--set", f"normalizer_follows={name}")
+        for name in ("false", "true")
+    ]
+    assert [one["method_config"]["normalizer_follows"] for one in found] == [False, True]
+    assert found[0]["weight_change"] != found[1]["weight_change"]
+    refused = run("eval", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / "x", "--set", "rank=3", fails=True)
+    assert "'rank' is no setting here" in refused
+
+
 def test_export_of_several_edits(run: Command, place: Path, tmp_path: Path) -> None:
     names = ["a", "b"]
     for name, target in zip(names, ("a baker", "a king"), strict=True):

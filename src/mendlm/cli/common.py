@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,13 +146,17 @@ def open_method(
     if name is not None:
         kind, config = method_types(name)
     if name is None or name in LEARNED:
-        if values:
-            raise InputError(f"'{next(iter(values))}' is no setting here: a trained editor keeps the settings of its run")
+        follows = {key: value for key, value in values.items() if key == "normalizer_follows"}
+        if len(follows) < len(values):
+            other = next(key for key in values if key not in follows)
+            raise InputError(f"'{other}' is no setting here: a trained editor keeps the settings of its run")
         if editor is None and name not in (None, "mend"):
             raise InputError(f"the method '{name}' has to be trained: mendlm train --method {name} ..., then --editor RUN")
         method, about = load_method(editor_of(editor, source), model, force=force)
         if name not in (None, method.name):
             raise InputError(f"--editor {editor} is an editor of the method '{method.name}', not '{name}'")
+        if follows:
+            method.config = parse_config(type(method.config), {**asdict(method.config), **follows})
         return method, about
     if editor is not None:
         raise InputError(f"the method '{name}' has no editor; leave --editor out")
