@@ -5,7 +5,10 @@
 
 Each part is a few `mendlm` commands in processes of their own; what is done is kept in --work, so that an interrupted run
 goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all cells, commands and seconds) and pictures to
-docs/images/. `--share 0.05` shortens every training to that share of its steps, to see whether it all runs.
+docs/images/. `--share 0.05` shortens every training to that share of its steps, in a folder of its own, to see whether it all
+runs; nothing is published then, nor with --limit.
+
+FEVER's claims and Natural Questions are divided once: bases and editors see the larger part, and scores come from the other.
 """
 
 from __future__ import annotations
@@ -59,18 +62,23 @@ class Part:
     """Name -> settings of further editors of the first learned method: the ablations."""
 
 
-NQ, TEXT, PPL = "nq:{data}/nq-open-dev.jsonl", "text:{data}/wikitext-2-a.txt", "text:{data}/wikitext-2-b.txt"
+NQ, NQ_DEV, TEXT, PPL = (
+    "nq:{work}/nq-train.jsonl",
+    "nq:{work}/nq-dev.jsonl",
+    "text:{data}/wikitext-2-a.txt",
+    "text:{data}/wikitext-2-b.txt",
+)
 COUNTERFACT = ("counterfact:{data}/counterfact-train.json",)
-ZSRE, FEVER = ("zsre:{data}/zsre-train.json",), ("fever:{work}/fever-train.jsonl",)
+ZSRE, FEVER, FEVER_DEV = ("zsre:{data}/zsre-train.json",), ("fever:{work}/fever-train.jsonl",), "fever:{work}/fever-dev.jsonl"
 WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
 ATTENTION = 'editor.layers=["*.[345].attention.self.query", "*.[345].attention.self.value"]'
 PARTS: dict[str, Part] = {
     "gpt-counterfact": Part(
         "starter", COUNTERFACT, "counterfact:{data}/counterfact-dev.json", watched=(PPL,), settings=WEIGHTS
     ),
-    "gpt-zsre": Part("starter", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (PPL,), settings=WEIGHTS),
-    "t5-zsre": Part("t5-questions", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), steps=400, settings=WEIGHTS),
-    "fever-bert": Part("bert-fever", FEVER, "fever:{work}/fever-dev.jsonl", FEVER, untrained=UNTRAINED[:-1], settings=WEIGHTS),
+    "gpt-zsre": Part("starter", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV, PPL), settings=WEIGHTS),
+    "t5-zsre": Part("t5-questions", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=400, settings=WEIGHTS),
+    "fever-bert": Part("bert-fever", FEVER, FEVER_DEV, watched=(FEVER_DEV,), untrained=UNTRAINED[:-1], settings=WEIGHTS),
     "gpt2-wikitext": Part(
         "gpt2-small",
         ("wikitext:{work}/wikitext-train.json",),
@@ -80,12 +88,13 @@ PARTS: dict[str, Part] = {
         steps=400,
         settings=WEIGHTS,
     ),
-    "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), steps=400, settings=WEIGHTS),
+    "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=400, settings=WEIGHTS),
     "many": Part(
         "t5-questions",
         ZSRE,
         "zsre:{data}/zsre-dev.json",
         (NQ,),
+        (NQ_DEV,),
         learned=("mend", "enn", "malmen"),
         untrained=(),
         counts=(1, 5, 25, 75, 125),
@@ -95,8 +104,8 @@ PARTS: dict[str, Part] = {
     "ablations": Part(
         "bert-fever",
         FEVER,
-        "fever:{work}/fever-dev.jsonl",
-        FEVER,
+        FEVER_DEV,
+        watched=(FEVER_DEV,),
         learned=("mend",),
         untrained=(),
         settings=WEIGHTS,
@@ -146,18 +155,21 @@ class Driver:
         if name != "starter" and not folder.exists():
             steps = ["--steps", str(max(2, int(800 * self.share)))] if self.share < 1 else []
             script = str(HERE / "prepare" / "bases.py")
-            self.run(f"base {name}", [sys.executable, script, name, "--data-dir", str(self.data), "--out", str(folder), *steps])
+            data = ["--data-dir", str(self.data), "--divided", str(self.work), "--out", str(folder)]
+            self.run(f"base {name}", [sys.executable, script, name, *data, *steps])
         return "starter" if name == "starter" else str(folder)
 
-    def prepare(self, part: Part) -> None:
-        """Data files that are made, not published: FEVER and Wikitext in a training and a held-out part."""
-        if "fever" in part.dev and not (self.work / "fever-dev.jsonl").is_file():
-            lines = (self.data / "fever-claims-dev.jsonl").read_text(encoding="utf-8").splitlines()
+    def divide(self) -> None:
+        """FEVER's claims and Natural Questions in a training and a held-out part, by a hash of each."""
+        for name, file, text in (("fever", "fever-claims-dev.jsonl", "claim"), ("nq", "nq-open-dev.jsonl", "question")):
             parts: dict[str, list[str]] = {"train": [], "dev": []}
-            for line in lines:
-                parts["dev" if chance("fever", 0, json.loads(line)["claim"]) < 0.1 else "train"].append(line)
+            for line in (self.data / file).read_text(encoding="utf-8").splitlines():
+                parts["dev" if chance(name, 0, json.loads(line)[text]) < 0.2 else "train"].append(line)
             for side, kept in parts.items():
-                write_bytes(self.work / f"fever-{side}.jsonl", "".join(f"{line}\n" for line in kept).encode())
+                write_bytes(self.work / f"{name}-{side}.jsonl", "".join(f"{line}\n" for line in kept).encode())
+
+    def prepare(self, part: Part) -> None:
+        """Wikitext's samples, in a training and a held-out part."""
         if "wikitext" in part.dev and not (self.work / "wikitext-dev.json").is_file():
             whole, count = self.work / "wikitext.json", str(max(64, int(2400 * self.share)))
             sampled = ["--text", str(self.data / "wikitext-2-a.txt"), "--count", count, "--force", "--out", str(whole)]
@@ -190,6 +202,7 @@ class Driver:
     def part(self, name: str) -> None:
         """One table, from its base to its pictures."""
         part = PARTS[name]
+        self.divide()
         base = self.base(part.base)
         self.prepare(part)
         limit = min(part.limit, self.limit or part.limit)
@@ -200,7 +213,7 @@ class Driver:
             methods = ",".join((*part.learned, *part.untrained))
             out = self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}"
             options = ["--num-edits", ",".join(map(str, part.counts)), "--limit", str(limit), "--device", self.device]
-            options += [word for source in (*part.watched, *part.locality) for word in ("--locality", self.place(source))]
+            options += [word for source in part.watched for word in ("--locality", self.place(source))]
             common = ["--model", base, "--data", self.place(part.dev), "--methods", methods]
             self.mendlm(f"compare {name} {variant}".strip(), "compare", *common, *editors, *options, "--out", str(out))
         self.publish(name, list(groups))
@@ -212,13 +225,20 @@ class Driver:
             for cell in find([self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}" / "cells"]):
                 cells.append({**cell, "method": f"{cell['method']}, {variant}" if variant else cell["method"]})
         write(cells, self.work / name / "report")
-        seconds = {key: value for key, value in self.seconds.items() if name in key or PARTS[name].base in key}
+        mine = (
+            f"train {name} ",
+            f"compare {name}",
+            f"base {PARTS[name].base}",
+            "sampling wikitext" if "wikitext" in name else "-",
+        )
+        seconds = {key: value for key, value in self.seconds.items() if key.startswith(mine)}
         machine = bench.machine(torch.device(self.device))
         result = {"part": name, "machine": machine, "share": self.share, "seconds": seconds, "cells": cells}
-        target = HERE if self.share == 1 else self.work
+        published = self.share == 1 and self.limit is None
+        target = HERE if published else self.work
         (target / "results").mkdir(exist_ok=True)
         write_json(target / "results" / f"paper-{name}.json", result)
-        images = HERE.parent / "docs" / "images" if self.share == 1 else self.work / "images"
+        images = HERE.parent / "docs" / "images" if published else self.work / "images"
         images.mkdir(exist_ok=True)
         for picture, content in draw(cells):
             write_bytes(images / f"paper-{name}-{picture}.png", content)
@@ -234,8 +254,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="requests scored at most")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    driver = Driver(arguments.data_dir, arguments.work, arguments.share, arguments.limit, arguments.device)
+    work = arguments.work if arguments.share == 1 else arguments.work / f"share-{arguments.share:g}"
+    work.mkdir(parents=True, exist_ok=True)
+    driver = Driver(arguments.data_dir, work, arguments.share, arguments.limit, arguments.device)
     for name in arguments.parts or PARTS:
         driver.part(name)
 

@@ -13,11 +13,12 @@ from cases import byte_tokenizer, inputs, tiny
 from mendlm import files
 from mendlm.apply import applied
 from mendlm.checkpoint import load_editor, parse_config, save_editor
-from mendlm.editor import Editor, base_of
+from mendlm.editor import Editor
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
 from mendlm.layers import default_layers
 from mendlm.methods.finetune import FineTuneConfig
 from mendlm.methods.mend import Mend, MendConfig
+from mendlm.models import base_of
 from mendlm.tasks import EditExample
 from mendlm.text import Formatter
 from mendlm.training import TrainConfig

@@ -40,6 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     tiny("llama").save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("The river runs through the city of London, the old capital, to the sea. " * 20)
     (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
     with pytest.raises(SystemExit) as stop:
         main(["train", "--model", str(folder / "model"), "--data", f"records:{folder / 'facts.jsonl'}", "--steps", "3",
@@ -121,8 +122,9 @@ def test_edit_of_a_file_is_one_folder_a_record(run: Command, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", ["ft", "ft-kl", "ft-strong", "lora"])
 def test_edit_by_a_method_that_needs_no_training(run: Command, tmp_path: Path, method: str) -> None:
-    run("edit", "--model", "model", "--method", method, "--set", "steps=2", "--locality", "records:facts.jsonl",
-        "--prompt", "Who is Ana?", "--target", "a baker", "--out", tmp_path / "one")  # fmt: skip
+    asked = ("--prompt", "Who is Ana?", "--target", "a baker", "--out", tmp_path / "one", "--set", "steps=2")
+    watched = ("--locality", "records:facts.jsonl") if method == "ft-kl" else ()
+    run("edit", "--model", "model", "--method", method, *asked, *watched)
     made = Edit.load(tmp_path / "one")
     assert made.about["method"] == method
     assert any(update.norm() > 0 for update in made.updates.values())
@@ -156,7 +158,7 @@ def test_eval(run: Command, tmp_path: Path, more: tuple[object, ...]) -> None:
     assert set(summary["success"]) == {"before", "after", "low", "high"}
 
 
-COMPARE = ("compare", "--model", "model", "--data", "records:facts.jsonl", "--locality", "records:facts.jsonl")
+COMPARE = ("compare", "--model", "model", "--data", "records:facts.jsonl", "--locality", "text:text.txt")
 
 
 def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped(
@@ -183,7 +185,7 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
     ]
     assert all(c["count"] == 3 and c["generate"] is False for c in cells)
     assert cells[0]["method_config"]["steps"] == 1
-    alone = run("eval", *ON, "--data", "records:facts.jsonl", "--locality", "records:facts.jsonl", "--out", tmp_path / "e",
+    alone = run("eval", *ON, "--data", "records:facts.jsonl", "--locality", "text:text.txt", "--out", tmp_path / "e",
                 "--set", "generate=false")  # fmt: skip
     same = ("success", "generality", "locality", "perplexity", "new_over_old")
     assert [alone[key] for key in same] == [cells[6][key] for key in same]
@@ -208,6 +210,8 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
         (("--methods", "mend,rome"), "unknown method 'rome'"),
         (("--methods", "ft", "--num-edits", "1,x"), "whole numbers of at least 1"),
         (("--methods", "ft", "--editor", "mend=run"), "METHOD=RUN"),
+        (("--methods", "mend", "--editor", "mend@7=run"), "and N of 1"),
+        (("--methods", "ft", "--set", "num_edits=5"), "by --num-edits"),
         (("--methods", "ft", "--set", "ke.hidden=1"), "with a method of ft"),
         (("--methods", "ft", "--set", "nothing=1"), "unknown setting 'nothing'"),
         (("--methods", "ke"), "has to be trained"),
@@ -222,7 +226,17 @@ def test_compare_refuses(run: Command, tmp_path: Path, more: tuple[str, ...], me
 
 def test_the_normaliser_may_follow_along_while_editing(run: Command, tmp_path: Path) -> None:
     found = [
-        run("eval", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / name, "--set", f"normalizer_follows={name}")
+        run(
+            "eval",
+            *ON,
+            "--data",
+            "records:facts.jsonl",
+            "--sequential",
+            "--out",
+            tmp_path / name,
+            "--set",
+            f"normalizer_follows={name}",
+        )
         for name in ("false", "true")
     ]
     assert [one["method_config"]["normalizer_follows"] for one in found] == [False, True]

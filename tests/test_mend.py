@@ -203,12 +203,13 @@ def test_statistics_change_while_editing_only_if_asked(follows):
     model = double("gpt2")
     editor, _ = make(model, normalizer_follows=follows)
     before = copy.deepcopy(editor.normalizers.state_dict())
-    gradient = editor.gradient(model, cases.requests(model))
-    editor.transform(gradient)
+    batch = cases.requests(model)
+    editor.parts(model, batch)  # as training does
+    editor.edit(model, batch)
     reference = Mend(editor.specs, editor.config).double()
     reference.normalizers.load_state_dict(before)
     if follows:
-        reference.fit_normalizer(gradient)
+        reference.fit_normalizer(editor.gradient(model, batch))
     for one, other in zip(editor.normalizers.state_dict().values(), reference.normalizers.state_dict().values(), strict=True):
         assert torch.equal(one, other)
 

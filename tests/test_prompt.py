@@ -98,3 +98,32 @@ def test_a_classifier_is_refused() -> None:
     form = Formatter.of(model, byte_tokenizer())
     with pytest.raises(InputError, match="a classifier cannot be told a fact"):
         Prompt().edit(model, form.batch([form.encode("It is so.", "SUPPORTS")]))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "t5", "bart"])
+def test_free_answers_to_texts_of_one_length_behind_facts_of_several(name: str) -> None:
+    model, form, context = setting(name)
+    asked = [form.encode("Ana likes", None), form.encode("Bob likes", None), form.encode("Eva likes", None)]
+    assert len({len(text) for text in asked}) == 1
+    assert len({len(fact) for fact in context.facts}) > 1
+    with context.on(model):
+        found = form.generate(model, asked, 5)
+    alone = [Encoded((*fact, *text.prompt), ()) for fact, text in zip(context.facts, asked, strict=True)]
+    assert found == [form.generate(model, [text], 5)[0] for text in alone]
+
+
+def test_the_end_of_a_turn_stays_in_a_chat() -> None:
+    model = tiny("llama")
+    form = Formatter.of(model, byte_tokenizer())
+    end = byte_tokenizer().eos_token_id
+    turn = form.encode("Who is Ana?", "a baker", end=True)
+    between = Encoded((end, *turn.prompt), turn.target, ended=True)
+    facts = Prompt().edit(model, form.batch([turn, between])).facts
+    assert [fact[-1] == end for fact in facts] == [False, True]
+
+
+def test_more_facts_than_the_window_holds_are_refused() -> None:
+    model, form, _ = setting("gpt2")
+    text = form.batch([form.encode("Ana likes", " an")])
+    with Context(((5,) * 130,)).on(model), pytest.raises(InputError, match="the model's window 128"):
+        scored_logits(model, text)

@@ -173,3 +173,4 @@ def test_models_that_share_keys_and_values_between_blocks_are_refused():
     model.config.num_kv_shared_layers = 2
     with pytest.raises(ModelError, match="Gemma3ForCausalLM shares keys and values"):
         Trunk.below(model, default_layers(model))
+    assert Trunk.where_possible(model, default_layers(model)) == Trunk(())

@@ -17,6 +17,8 @@ CELL: dict[str, Any] = {
     "data": "zsre:a.json",
     "method": "mend",
     "chat": False,
+    "sequential": False,
+    "scale": 1.0,
     "num_edits": 1,
     "count": 1200,
     "command": "mendlm compare <b>",

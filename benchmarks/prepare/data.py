@@ -29,6 +29,10 @@ FILES = {
         "02a8ca52e5a4659ff2071fb50f05fbc518f5c0c9374b826a7769a33efc4187a5",
         "997 requests; zsRE as prepared for MEND, MIT",
     ),
+    "fever-claims-dev.jsonl": (
+        "87b179ca4b7e6058112471e280915a8762e324c266dba5ee1f36af03f70ad529",
+        "8,000 claims; FEVER, CC BY-SA 3.0",
+    ),
     "nq-open-dev.jsonl": (
         "f1ab21689b843772d1c9cda278dd3bd74405fabf206179f0c8c9c084639be707",
         "2,494 questions; Natural Questions, CC BY-SA 3.0",

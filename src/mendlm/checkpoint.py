@@ -128,6 +128,8 @@ class Run:
                 if changed:
                     change = {"step": self.last_metrics()["step"], "changed": changed}
                     stored |= {key: value, "resumed": [*stored.get("resumed", []), change]}
+            elif key == "editor" and all(stored[key].get(name, new) == new for name, new in value.items()):
+                stored[key] = value  # with what a later version has added
             elif stored.get(key) != value:
                 raise InputError(
                     f"{self.folder} was trained with {key} = {stored.get(key)}, now {value} is asked; "

@@ -14,7 +14,7 @@ from mendlm.checkpoint import editor_path, load_editor
 from mendlm.errors import FormatError, InputError
 from mendlm.files import sha256
 from mendlm.methods.base import Learned, Method
-from mendlm.models import STARTER, identity
+from mendlm.models import STARTER, base_of, identity
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
 from mendlm.text import Formatter, TargetEnd, by_length, target_ends
@@ -104,13 +104,6 @@ def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple
             f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
         )
     return method.to(model.device).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
-
-
-def base_of(model: Any) -> dict[str, Any]:
-    """What a file says about the base model it is for."""
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    name = str(model.config.name_or_path)
-    return {"name": Path(name).name if Path(name).is_dir() else name, "sha256": identity(model), "dtype": dtype}
 
 
 def editor_file(source: str | Path) -> Path:

@@ -7,10 +7,11 @@ for the base model's pass and the edited one. The metrics are defined in `mendlm
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,8 @@ from mendlm.errors import InputError
 from mendlm.files import new_folder, write_bytes, write_json
 from mendlm.layers import LayerSpec
 from mendlm.losses import all_by_row, mean_by_row, token_kl, token_nll
-from mendlm.methods.base import Method
+from mendlm.methods.base import Learned, Method
+from mendlm.models import base_of
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import NO_LABEL, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -105,7 +107,7 @@ class Evaluator:
     ) -> None:
         self.method, self.model, self.config = method, model, config
         self.formatter = Formatter.of(model, tokenizer)
-        self.trunk = Trunk.below(model, specs)
+        self.trunk = Trunk.where_possible(model, specs)
 
     def encode(self, example: EditExample, prompt: str, answer: str | None = None) -> Encoded:
         """A prompt with the example's target, or another answer, in the form that the configuration asks for."""
@@ -123,12 +125,12 @@ class Evaluator:
             return cast("Intervention", other.grouped(k))
         if not self.config.sequential:
             return self._edit_batch(texts, k)
-        stack = self._edit_batch(texts[::k])
+        stack = join([self._edit_next(text) for text in texts[::k]])
         for turn in range(1, k):
             new = []
             for index, text in enumerate(texts[turn::k]):
                 with applied(self.model, stack[index]):
-                    new.append(self._edit_batch([text]))
+                    new.append(self._edit_next(text))
             stack = stack + join(new)
         return stack
 
@@ -138,6 +140,10 @@ class Evaluator:
         parts = [self.method.parts(self.model, self.formatter.batch([texts[i] for i in group])) for group in groups]
         order = torch.tensor([i for group in groups for i in group], device=self.formatter.device)
         return (self.method.combine(join(parts)[order.argsort()], together) * self.config.scale).require_finite()
+
+    def _edit_next(self, text: Encoded) -> Edit:
+        """One edit on the model as it is now, which a normaliser that follows along takes in."""
+        return (self.method.edits(self.model, self.formatter.batch([text])) * self.config.scale).require_finite()
 
     @contextlib.contextmanager
     def _under(self, edit: Intervention, routing: Tensor) -> Iterator[None]:
@@ -303,7 +309,8 @@ class Evaluator:
             if not isinstance(edit, Edit):
                 continue
             updates = edit[0].trimmed().updates
-            size = max(size, rank_of(updates) * sum(4 * sum(update.shape) for update in updates.values()))
+            rank = max(rank_of(updates), max(update.rows for update in updates.values()))
+            size = max(size, rank * sum(4 * sum(update.shape) for update in updates.values()))
         return times[1:], size
 
 
@@ -326,30 +333,41 @@ def evaluate(
     requests are done. Raises `InputError` if there are fewer requests than one group.
     """
     k = len(data.examples) if config.sequential and config.num_edits == 1 else config.num_edits
-    config = EvaluationConfig(**{**asdict(config), "num_edits": k})
+    config = replace(config, num_edits=k)
     examples = data.examples[: len(data.examples) // k * k]
     if not examples:
         raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {k}")
     evaluator = Evaluator(method, specs, model, tokenizer, config)
+    learned = copy.deepcopy(method.state_dict()) if isinstance(method, Learned) else None
     memory.forget_peak(evaluator.formatter.device)
     asking = [source.probes for source in locality if not source.prose]
-    reading = [probe for source in locality if source.prose for probe in source.probes]
+    reading = [source.probes for source in locality if source.prose]
     chunk = max(1, config.batch_size // k) * k
     rows: list[dict[str, Any]] = []
     for start in range(0, len(examples), chunk):
         some = examples[start : start + chunk]
         places = range(start, start + len(some))
         extra = [[probes[i % len(probes)] for probes in asking] for i in places]
-        passages = [reading[i % len(reading)] for i in places] if reading else []
+        turns = [(reading[i % len(reading)], i // len(reading)) for i in places] if reading else []
+        passages = [probes[turn % len(probes)] for probes, turn in turns]
         rows += evaluator.rows(some, extra, passages)
         if callback is not None:
             callback(len(rows), len(examples))
     for index, row in enumerate(rows):
         row["index"] = index
-    prose = ", ".join(source.name for source in locality if source.prose) or f"unrelated answers of {data.name}"
+    answered = ", ".join((data.name, *(source.name for source in locality)))
+    prose = ", ".join(source.name for source in locality if source.prose) or f"unrelated answers of {answered}"
     times, size = evaluator.time_edits(examples)
+    if isinstance(method, Learned) and learned is not None:
+        method.load_state_dict(learned)  # statistics that followed along are this evaluation's own
+    base, settings = base_of(model), getattr(method, "config", None)
     summary = {
         "format": FORMAT,
+        "model": base["name"],
+        "model_sha256": base["sha256"],
+        "dtype": base["dtype"],
+        "method_config": json.loads(json.dumps(asdict(cast("Any", settings)))) if is_dataclass(settings) else {},
+        "layers": [spec.name for spec in specs],
         **(about or {}),
         "method": method.name,
         "data": data.name,

@@ -225,6 +225,13 @@ def identity(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def base_of(model: Any) -> dict[str, Any]:
+    """What a file says about the base model it is for."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    name = str(model.config.name_or_path)
+    return {"name": Path(name).name if Path(name).is_dir() else name, "sha256": identity(model), "dtype": dtype}
+
+
 def _tensor_names(file: Path) -> list[str]:
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))

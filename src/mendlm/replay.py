@@ -58,6 +58,14 @@ class Trunk:
                 groups.append(tuple(blocks))
         return cls(tuple(group for group in groups if group))
 
+    @classmethod
+    def where_possible(cls, model: nn.Module, layers: Sequence[LayerSpec]) -> Trunk:
+        """The trunk below the given layers; an empty one, which replays nothing, for a model whose trunk cannot be replayed."""
+        try:
+            return cls.below(model, layers)
+        except ModelError:
+            return cls(())
+
     @contextlib.contextmanager
     def record(self) -> Iterator[Tape]:
         """Keep the trunk's outputs of the one forward pass inside the block."""

@@ -68,8 +68,8 @@ def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         change = f"{ppl['before']:.2f} → {ppl['after']:.2f}" if ppl["before"] is not None else "-"
         yield [
             f"{cell['data']}{chat}",
-            cell["method"],
-            str(cell["num_edits"]),
+            _name(cell, chat=False),
+            f"{cell['num_edits']}{', in turn' if cell['sequential'] else ''}",
             f"{cell['count']:,}",
             *(_value(cell.get(name)) for name in COLUMNS),
             f"{acc:+.4f}" if acc is not None else "-",
@@ -126,10 +126,10 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
             figure.suptitle(data)
             yield f"over-edits-{number}", _png(figure)
         figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(mine) + 1.5), sharey=True)
-        labels = [f"{_name(cell)}, {cell['num_edits']} at once" for cell in mine]
-        axes[0].barh(labels, [cell["edit_ms"]["p50"] or 0 for cell in mine])
+        labels = [f"{_name(cell)}, {cell['num_edits']} {'in turn' if cell['sequential'] else 'at once'}" for cell in mine]
+        axes[0].barh(range(len(mine)), [cell["edit_ms"]["p50"] or 0 for cell in mine], tick_label=labels)
         axes[0].set(title="one edit", xlabel="ms")
-        axes[1].barh(labels, [cell["peak_memory_mb"] for cell in mine])
+        axes[1].barh(range(len(mine)), [cell["peak_memory_mb"] for cell in mine])
         axes[1].set(title="peak memory while scoring", xlabel="MiB")
         yield f"cost-{number}", _png(figure)
 
@@ -141,8 +141,14 @@ def _by(cells: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, A
     return groups
 
 
-def _name(cell: dict[str, Any]) -> str:
-    return f"{cell['method']}, chat" if cell["chat"] else str(cell["method"])
+def _name(cell: dict[str, Any], *, chat: bool = True) -> str:
+    """A method, with what is not as usual about how it was used."""
+    parts = [
+        cell["method"],
+        "chat" if chat and cell["chat"] else "",
+        f"strength {cell['scale']:g}" if cell["scale"] != 1 else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _loss(cell: dict[str, Any]) -> float | None:

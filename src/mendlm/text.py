@@ -223,6 +223,7 @@ class Formatter:
             max_new_tokens = min(max_new_tokens, self.window - ids.shape[1] + 1)  # the last token is not fed back
         config = copy.deepcopy(model.generation_config)
         config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
+        config.update(repetition_penalty=None, no_repeat_ngram_size=None, min_length=None, min_new_tokens=None)
         # A forced BOS counts as new; a forced EOS would take the last place, so it is given one of its own.
         given = max(0, len(self.start) - 1) + (config.forced_eos_token_id is not None)
         config.update(max_new_tokens=max_new_tokens + given, pad_token_id=self.tokenizer.pad_token_id or 0)

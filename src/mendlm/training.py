@@ -30,9 +30,10 @@ from torch import Tensor
 from mendlm.apply import Edit, join
 from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, require
-from mendlm.files import locked
+from mendlm.files import locked, refuse_existing
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned
+from mendlm.models import base_of
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -88,7 +89,7 @@ class TrainConfig:
     replay: bool = True
     """Run the trunk once and replay it; false runs every pass in full."""
     seed: int = 0
-    """Decides the editor's start and everything that is drawn."""
+    """Decides everything that is drawn, and on the command line the editor's start."""
     tracker: str | None = None
     """An experiment tracker that accelerate knows (tensorboard, wandb, ...); metrics.jsonl is always written."""
 
@@ -406,8 +407,12 @@ def train(
             trainer.resume()
         else:
             if main:
-                run.create({"training": asdict(trainer.config), "editor": asdict(method.config), **described, **(about or {})})
+                refuse_existing(run.folder, force=False)
             trainer.prepare()
+            if main:  # only now: a folder that a kill leaves behind can be resumed, or is empty
+                made = {"method": method.name, "layers": [asdict(spec) for spec in method.specs], "base": base_of(model)}
+                how = {"training": asdict(trainer.config), "editor": asdict(method.config)}
+                run.create({**made, **how, **described, **(about or {})})
             trainer.save()
         if config.tracker:
             trainer.accelerator.init_trackers("mendlm", config=json.loads(json.dumps(asdict(config))))

@@ -6,8 +6,11 @@ Imports nothing heavy at the top, so that `--help` answers at once.
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -88,6 +91,59 @@ def progress(what: str) -> Iterator[Show]:
         yield lambda done, total, detail="": bar.update(task, completed=done, total=total, detail=detail)
 
 
+def read_settings(path: Path | None, settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The [editor] and [training] values of a TOML file, with key=value settings laid over them."""
+    from mendlm.errors import InputError
+
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"the configuration file {path} does not exist") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not valid TOML: {error}") from None
+    unknown = set(values) - {"editor", "training"}
+    if unknown or not all(isinstance(section, dict) for section in values.values()):
+        raise InputError(f"{path} has '{', '.join(sorted(unknown))}'; settings belong into the tables [editor] and [training]")
+    sections: dict[str, dict[str, Any]] = {"editor": values.get("editor", {}), "training": values.get("training", {})}
+    for setting in settings:
+        key, equals, raw = setting.partition("=")
+        section, dot, name = key.strip().rpartition(".")
+        if not equals or (dot and section not in sections):
+            raise InputError(f"--set {setting}: expected training.NAME=VALUE or editor.NAME=VALUE")
+        sections[section or "training"][name] = parse_value(raw)
+    return sections["editor"], sections["training"]
+
+
+def parse_value(raw: str) -> Any:
+    """The value of a --set option: TOML, or else the text itself."""
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def plain_settings(settings: list[str] | None) -> dict[str, Any]:
+    """The key=value settings of a command that trains nothing. Raises `InputError` for one of an editor."""
+    from mendlm.errors import InputError
+
+    editor, values = read_settings(None, settings or [])
+    if editor:
+        raise InputError(f"--set editor.{next(iter(editor))}: an editor's shape is settled when it is trained")
+    return values
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command as it was given, with the folders taken off its paths."""
+
+    def short(argument: str) -> str:
+        found = re.fullmatch(r"((?:[\w@.-]+[:=])*)(\S*/\S+)", argument)
+        return f"{found[1]}{Path(found[2]).name}" if found else argument
+
+    return "mendlm " + shlex.join(short(argument) for argument in arguments[1:])
+
+
 def open_model(
     source: str, *, seed: int, device: str | None, dtype: str, revision: str | None = None, from_wheel: Path | None = None
 ) -> tuple[Any, Any]:
@@ -129,12 +185,13 @@ def open_method(
     tokenizer: Any,
     unrelated: Iterable[Any] = (),
     *,
+    scored: int = 0,
     force: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
     """The method asked for, for a loaded model, and what is said about it: a trained one, or one that needs no training.
 
-    `values` are the settings of the latter; `unrelated` gives texts to those that watch some. A run says its own method,
-    so that `name` may be left out.
+    `values` are the settings of the latter; `unrelated` gives texts to those that watch some, of each source the last ones,
+    never the first `scored`, which an evaluation reads. A run says its own method, so that `name` may be left out.
     """
     from mendlm.checkpoint import parse_config
     from mendlm.editor import load_method
@@ -165,5 +222,5 @@ def open_method(
     if name == "prompt":
         return kind(settings, tokenizer(settings.separator, add_special_tokens=False)["input_ids"]), {}
     specs = select(model, settings.layers) if settings.layers else default_layers(model)
-    probes = [probe for dataset in unrelated for probe in dataset.probes[:256]] if settings.kl_weight else []
+    probes = [probe for source in unrelated for probe in source.probes[scored:][-256:]] if settings.kl_weight else []
     return kind(specs, settings, [formatter.batch([formatter.encode(p.prompt, p.answer)]) for p in probes]), {}

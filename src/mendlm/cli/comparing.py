@@ -40,33 +40,43 @@ def compare(
 ) -> None:
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
     from mendlm.checkpoint import parse_config
-    from mendlm.cli.learning import command_line
-    from mendlm.editor import base_of
     from mendlm.evaluation import EvaluationConfig, evaluate
     from mendlm.files import read_json
     from mendlm.methods import LEARNED, method_types
+    from mendlm.models import base_of
     from mendlm.report import find, table, write
     from mendlm.tasks import load_edits, load_unrelated
 
     names, counts = _names(methods), _counts(num_edits)
     for name in names:
         method_types(name)  # a wrong name is said before anything is loaded
-    runs = _editors(editors or [], names)
+    runs = _editors(editors or [], names, counts)
+    for name in names:
+        if name in LEARNED and not all((name, count) in runs for count in counts):
+            if name != "mend" or runs:
+                raise InputError(f"the method '{name}' has to be trained: give --editor {name}=RUN, for every number of edits")
+            runs |= {(name, count): common.editor_of(None, model) for count in counts}
     values = _settings(settings or [], names)
-    config = parse_config(EvaluationConfig, {"chat": chat, "seed": seed, **values.pop("", {})})
+    of_evaluation = values.pop("", {})
+    if "num_edits" in of_evaluation:
+        raise InputError("give the numbers of edits at once by --num-edits 1,5,25")
+    config = parse_config(EvaluationConfig, {"chat": chat, "seed": seed, **of_evaluation})
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     loaded, tokenizer = common.open_model(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
     base = base_of(loaded)
+    folders = []
     for name in names:
         for count in counts:
             folder = out / "cells" / f"{name}-{count}"
-            run = runs.get(f"{name}@{count}", runs.get(name)) if name in LEARNED else None
-            chosen, trained = common.open_method(name, values.get(name, {}), run, model, loaded, tokenizer, unrelated)
+            folders.append(folder)
+            run, own, scored = runs.get((name, count)), values.get(name, {}), len(requests.examples)
+            chosen, trained = common.open_method(name, own, run, model, loaded, tokenizer, unrelated, scored=scored)
             cell: dict[str, Any] = {
                 "model_sha256": base["sha256"],
+                "dtype": base["dtype"],
                 "data_sha256": requests.sha256,
                 "requests": len(requests.examples),
                 "locality": [source.sha256 for source in unrelated],
@@ -80,7 +90,7 @@ def compare(
                 common.note(f"{name}, {count} at once: done before")
                 continue
             about = {"model": base["name"], "model_sha256": base["sha256"], "dtype": base["dtype"]}
-            about |= {"command": command_line(sys.argv), "method_config": cell["method"], "cell": _plain(cell)}
+            about |= {"command": common.command_line(sys.argv), "method_config": cell["method"], "cell": _plain(cell)}
             with common.progress(f"{name}, {count} at once") as show:
                 results = evaluate(
                     chosen,
@@ -94,7 +104,7 @@ def compare(
                     callback=show,
                 )
             results.save(folder)
-    cells = find([out / "cells"])
+    cells = find(folders)
     written = write(cells, out)
     common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, table(cells).rstrip())
 
@@ -131,25 +141,31 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _editors(given: list[str], names: list[str]) -> dict[str, str]:
-    editors = {}
-    for one in given:
-        name, equals, path = one.partition("=")
-        if not equals or name.partition("@")[0] not in names:
-            raise InputError(f"--editor {one}: expected METHOD=RUN or METHOD@N=RUN with a method of {', '.join(names)}")
-        editors[name] = path
+def _editors(given: list[str], names: list[str], counts: list[int]) -> dict[tuple[str, int], str]:
+    """(method, edits at once) -> its run; one for a number of edits goes before one for all."""
+    from mendlm.methods import LEARNED
+
+    learned = [name for name in names if name in LEARNED]
+    editors: dict[tuple[str, int], str] = {}
+    for one in sorted(given, key=lambda one: "@" in one.partition("=")[0]):
+        key, equals, path = one.partition("=")
+        name, at, count = key.partition("@")
+        if not equals or name not in learned or (at and count not in map(str, counts)):
+            raise InputError(
+                f"--editor {one}: expected METHOD=RUN, or METHOD@N=RUN, with a method of {', '.join(learned) or 'none here'} "
+                f"and N of {', '.join(map(str, counts))}"
+            )
+        editors |= {(name, int(n)): path for n in ([count] if at else counts)}
     return editors
 
 
 def _settings(given: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """Method -> its settings, and "" -> those of the evaluation."""
-    from mendlm.cli.learning import parse_value
-
     values: dict[str, dict[str, Any]] = {}
     for one in given:
         key, equals, raw = one.partition("=")
         method, _, name = key.strip().rpartition(".")
         if not equals or method not in ("", *names):
             raise InputError(f"--set {one}: expected NAME=VALUE, or METHOD.NAME=VALUE with a method of {', '.join(names)}")
-        values.setdefault(method, {})[name] = parse_value(raw)
+        values.setdefault(method, {})[name] = common.parse_value(raw)
     return values

@@ -87,13 +87,14 @@ def edit(
     if (data is None) == (prompt is None and target is None) or (data is None and (prompt is None or target is None)):
         raise InputError("say what to edit: either --prompt and --target, or --data TASK:PATH")
 
-    from mendlm.cli.learning import read_settings
     from mendlm.editor import Editor
     from mendlm.files import new_folder, refuse_existing
     from mendlm.tasks import EditExample, load_edits, load_unrelated
 
     refuse_existing(out, force=force)
-    _, values = read_settings(None, settings or [])
+    values = common.plain_settings(settings)
+    if locality and method != "ft-kl":
+        raise InputError("--locality gives texts that the method 'ft-kl' watches; no other method reads them")
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     requests: list[Any] = [(prompt, target)] if data is None else []
     skipped = 0

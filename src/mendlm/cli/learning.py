@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
-import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,14 +43,14 @@ def train(
     from_wheel: common.FromWheel = None,
 ) -> None:
     """Meta-train an editor for a model. Ctrl-C saves a checkpoint; --resume goes on."""
-    editor_values, values = read_settings(config, settings or [])
+    editor_values, values = common.read_settings(config, settings or [])
     values |= {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
 
     from mendlm.checkpoint import Run, parse_config
-    from mendlm.editor import base_of
     from mendlm.files import refuse_existing
     from mendlm.layers import default_layers, select
     from mendlm.methods import LEARNED, method_types
+    from mendlm.models import base_of
     from mendlm.tasks import combine, load_edits, load_unrelated
     from mendlm.training import Progress, TrainConfig
     from mendlm.training import train as run_training
@@ -98,7 +96,7 @@ def train(
                 locality=unrelated,
                 resume=resume,
                 trunk_cache=trunk_cache,
-                about={"base": base_of(loaded), "command": command_line(sys.argv)},
+                about={"base": base_of(loaded), "command": common.command_line(sys.argv)},
                 callback=tell,
                 should_stop=lambda: bool(stopping),
             )
@@ -110,47 +108,6 @@ def train(
     common.emit(json_output, content, f"{text} (step {last['step']}, loss {last['loss']:.3f})")
     if stopping:
         raise typer.Exit(130)
-
-
-def read_settings(path: Path | None, settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The [editor] and [training] values of a TOML file, with key=value settings laid over them."""
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"the configuration file {path} does not exist") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not valid TOML: {error}") from None
-    unknown = set(values) - {"editor", "training"}
-    if unknown or not all(isinstance(section, dict) for section in values.values()):
-        raise InputError(f"{path} has '{', '.join(sorted(unknown))}'; settings belong into the tables [editor] and [training]")
-    sections: dict[str, dict[str, Any]] = {"editor": values.get("editor", {}), "training": values.get("training", {})}
-    for setting in settings:
-        key, equals, raw = setting.partition("=")
-        section, dot, name = key.strip().rpartition(".")
-        if not equals or (dot and section not in sections):
-            raise InputError(f"--set {setting}: expected training.NAME=VALUE or editor.NAME=VALUE")
-        sections[section or "training"][name] = parse_value(raw)
-    return sections["editor"], sections["training"]
-
-
-def parse_value(raw: str) -> Any:
-    """The value of a --set option: TOML, or else the text itself."""
-    try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        return raw
-
-
-def command_line(arguments: list[str]) -> str:
-    """The command as it was given, with the folders taken off its paths."""
-
-    def short(argument: str) -> str:
-        task, colon, path = argument.rpartition(":")
-        return f"{task}{colon}{Path(path).name}" if "/" in path else argument
-
-    return "mendlm " + shlex.join(short(argument) for argument in arguments[1:])
 
 
 def evaluate(
@@ -176,13 +133,13 @@ def evaluate(
     from_wheel: common.FromWheel = None,
 ) -> None:
     """Edit and score every request; writes results.jsonl (a row an edit) and summary.json."""
-    _, values = read_settings(None, settings or [])
+    values = common.plain_settings(settings)
 
     from mendlm.checkpoint import parse_config
-    from mendlm.editor import base_of
     from mendlm.evaluation import EvaluationConfig
     from mendlm.evaluation import evaluate as run_evaluation
     from mendlm.files import refuse_existing
+    from mendlm.models import base_of
     from mendlm.tasks import load_edits, load_unrelated
 
     given = {"num_edits": num_edits, "sequential": sequential, "chat": chat, "scale": scale, "seed": seed}
@@ -196,9 +153,11 @@ def evaluate(
     )
     base = base_of(loaded)
     about: dict[str, Any] = {"model": base["name"], "model_sha256": base["sha256"], "dtype": base["dtype"]}
-    about["command"] = command_line(sys.argv)
+    about["command"] = common.command_line(sys.argv)
     others = {name: value for name, value in values.items() if name not in own}
-    chosen, _ = common.open_method(method, others, editor, model, loaded, tokenizer, unrelated, force=force)
+    chosen, _ = common.open_method(
+        method, others, editor, model, loaded, tokenizer, unrelated, scored=len(requests.examples), force=force
+    )
     about["method_config"] = asdict(chosen.config)
     with common.progress("evaluating") as show:
         results = run_evaluation(

@@ -71,4 +71,5 @@ class Enn(Learned):
         with applied(model, self.changed_base()), sdpa_kernel(SDPBackend.MATH):
             gradient, _ = self.record(model, batch, differentiable=again)
         rates = dict(zip((spec.name for spec in self.specs), self.log_rates.exp(), strict=True))
-        return Edit({name: rows * -rates[name] for name, rows in gradient.items()}, transposed(self.specs))
+        steps = {name: rows.to(self.log_rates.dtype) * -rates[name] for name, rows in gradient.items()}
+        return Edit(steps, transposed(self.specs))

@@ -102,7 +102,7 @@ class FineTune(Method):
         names = {FineTuneKLConfig: "ft-kl", FineTuneStrongConfig: "ft-strong", LoRAConfig: "lora"}
         self.name = names.get(type(self.config), "ft")  # type: ignore[misc]
         if self.config.kl_weight and not unrelated:
-            raise InputError(f"the method '{self.name}' watches unrelated texts while it tunes; give it some, by --locality")
+            raise InputError(f"the method '{self.name}' watches unrelated texts while it tunes; give it more, by --locality")
         self._unrelated = itertools.cycle(unrelated)
 
     def edit(self, model: Any, batch: Batch) -> Edit:
@@ -121,7 +121,7 @@ class FineTune(Method):
 
     @torch.enable_grad()
     def _edit_one(self, model: Any, batch: Batch) -> Edit:
-        trunk = Trunk.below(model, self.specs)
+        trunk = Trunk.where_possible(model, self.specs)
         starts = {spec.name: self._start(spec, model.device) for spec in self.specs}
         edit = Edit({name: update for name, (update, _) in starts.items()}, transposed(self.specs))
         changes = [tensor for _, tuned in starts.values() for tensor in tuned]

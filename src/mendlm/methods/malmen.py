@@ -85,9 +85,9 @@ class Malmen(RowEditor):
 
 
 def damped(u: Float[Tensor, "*batch rows d_in"], damping: Float[Tensor, ""]) -> Float[Tensor, "*batch rows d_in"]:
-    """`U (U^T U + lambda I)^-1`, by the smaller of its two equal forms."""
-    wide = u.shape[-2] < u.shape[-1]
-    gram = u @ u.mT if wide else u.mT @ u
-    gram = gram + damping * torch.eye(gram.shape[-1], dtype=u.dtype, device=u.device)
-    fit: Tensor = torch.linalg.solve(gram, u if wide else u.mT)
-    return fit if wide else fit.mT
+    """`U (U^T U + lambda I)^-1`, by the smaller of its two equal forms, in float64."""
+    wide, precise = u.shape[-2] < u.shape[-1], u.double()
+    gram = precise @ precise.mT if wide else precise.mT @ precise
+    gram = gram + damping.double() * torch.eye(gram.shape[-1], dtype=gram.dtype, device=u.device)
+    fit: Tensor = torch.linalg.solve(gram, precise if wide else precise.mT)
+    return (fit if wide else fit.mT).to(u.dtype)

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mendlm.apply import Edit
 from mendlm.errors import InputError
 from mendlm.layers import LayerSpec
 from mendlm.lowrank import LowRank
@@ -165,6 +166,12 @@ class RowEditor(Learned):
         delta = torch.stack([rows.delta for rows in padded]).to(self.log_rates.dtype)
         return torch.cat([u, delta], -1), (u != 0).any(-1) & (delta != 0).any(-1)
 
+    def edit(self, model: Any, batch: Batch) -> Edit:
+        """One edit for each example; where the statistics follow along, they take in these requests first."""
+        if self.config.normalizer_follows:
+            self.prepare(model, batch)
+        return super().edit(model, batch)
+
     def prepare(self, model: Any, batch: Batch) -> None:
         """Take the requests' rows into the statistics."""
         self.fit_normalizer(self.gradient(model, batch))
@@ -178,8 +185,6 @@ class RowEditor(Learned):
 
     def changed(self, gradient: Gradient) -> dict[str, LowRank]:
         """`u~` and `-alpha * delta~` of each layer's rows; those that do not count (padding, no gradient) are zeros."""
-        if self.config.normalizer_follows:
-            self.fit_normalizer(gradient)
         rates = dict(zip((spec.name for spec in self.specs), self.log_rates.exp(), strict=True))
         rows: dict[str, LowRank] = {}
         for key, group in self._groups.items():

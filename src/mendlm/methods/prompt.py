@@ -46,10 +46,15 @@ class Prompt(Method):
         facts = []
         split = model.config.is_encoder_decoder
         for index in range(batch.size):
-            mine = (batch.row == index) & ~batch.is_end & (batch.label != NO_LABEL)
+            mine = (batch.row == index) & (batch.label != NO_LABEL)
             length = int(batch.inputs["attention_mask"][index].sum())
-            end = length if split else int(batch.column[mine][0]) + 1
-            facts.append((*batch.inputs["input_ids"][index, :end].tolist(), *batch.label[mine].tolist(), *self.separator))
+            prompt = batch.inputs["input_ids"][index, : length if split else int(batch.column[mine][0]) + 1].tolist()
+            answer, ends = batch.label[mine].tolist(), batch.label[mine & batch.is_end].tolist()
+            if split and prompt[-1:] == ends:
+                prompt = prompt[:-1]
+            if ends and (split or ends[0] not in prompt):  # in a chat it stands between turns, and stays
+                answer = answer[:-1]
+            facts.append((*prompt, *answer, *self.separator))
         return Context(tuple(facts))
 
 
@@ -88,7 +93,8 @@ class _Inserted:
     """
 
     def __init__(self, model: Any, facts: Sequence[tuple[int, ...]]) -> None:
-        self.model, self.facts = model, facts
+        self.model, self.facts, self.split = model, facts, model.config.is_encoder_decoder
+        self.window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.places = torch.zeros(0, 0, dtype=torch.long)
         """Where the running pass has each place of the texts that were asked, (rows, tokens)."""
@@ -102,14 +108,13 @@ class _Inserted:
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
         """Install the hooks for the block."""
-        split = self.model.config.is_encoder_decoder
         with contextlib.ExitStack() as stack:
 
             def pre(module: nn.Module, hook: Any) -> None:
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-            pre(self.model, self.enter_split if split else self.enter)
-            if split:
+            pre(self.model, self.enter_split if self.split else self.enter)
+            if self.split:
                 pre(self.model.get_encoder(), self.encode)
                 stack.callback(self.model.register_forward_hook(self.leave).remove)
             else:
@@ -120,10 +125,15 @@ class _Inserted:
         """Facts and texts as ids with their mask; with beams each fact serves a run of rows."""
         mask = torch.ones_like(ids) if mask is None else mask
         each = len(ids) // len(self.facts)
-        right = bool(mask[:, 0].all())
+        # Where the texts are of one length, a decoder's are set against their end, where it may be asked to go on.
+        right = self.split or not bool(mask[:, -1].all())
         facts = [torch.tensor(self.facts[row // each], dtype=ids.dtype, device=ids.device) for row in range(len(ids))]
         texts = [torch.cat([fact, row[kept.bool()]]) for fact, row, kept in zip(facts, ids, mask, strict=True)]
         self.length = max(map(len, texts))
+        if self.window is not None and self.length > self.window:
+            raise InputError(
+                f"a text with its facts has {self.length} tokens, the model's window {self.window}; tell fewer at once"
+            )
         joined, shown = ids.new_zeros(len(ids), self.length), mask.new_zeros(len(ids), self.length)
         for row, text in enumerate(texts):
             where = slice(0, len(text)) if right else slice(self.length - len(text), self.length)
