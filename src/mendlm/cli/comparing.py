@@ -53,7 +53,7 @@ def compare(
     runs = _editors(editors or [], names, counts)
     for name in names:
         if name in LEARNED and not all((name, count) in runs for count in counts):
-            if name != "mend" or runs:
+            if name != "mend" or any(method == name for method, _ in runs):
                 raise InputError(f"the method '{name}' has to be trained: give --editor {name}=RUN, for every number of edits")
             runs |= {(name, count): common.editor_of(None, model) for count in counts}
     values = _settings(settings or [], names)
