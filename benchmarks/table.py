@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from mendlm.files import read_json
+from mendlm.report import value
 
 COLUMNS = ("success", "generality", "success_generated", "generality_generated", "locality")
 
@@ -25,13 +25,8 @@ def main(folder: str) -> None:
             if ppl["after"] is None
             else f"{ppl['before']:.2f} → {ppl['after']:.2f} ({ppl['after'] / ppl['before'] - 1:+.1%})"
         )
-        cells = [path.parent.name, f"{summary['count']:,}", *(cell(summary[name]) for name in COLUMNS), change]
+        cells = [path.parent.name, f"{summary['count']:,}", *(value(summary[name]) for name in COLUMNS), change]
         print("|", " | ".join(cells), "|")
-
-
-def cell(value: dict[str, Any]) -> str:
-    """A mean with its 95 % bootstrap interval."""
-    return "-" if value["after"] is None else f"{value['after']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class Evaluator:
         return stack
 
     @torch.no_grad()
-    def _edit_batch(self, texts: list[Encoded], together: int = 1) -> Edit:
+    def _edit_batch(self, texts: list[Encoded], together: int) -> Edit:
         groups = by_length([len(text) for text in texts], limit=self.config.batch_size)
         parts = [self.method.parts(self.model, self.formatter.batch([texts[i] for i in group])) for group in groups]
         order = torch.tensor([i for group in groups for i in group], device=self.formatter.device)

@@ -71,17 +71,18 @@ def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             _name(cell, chat=False),
             f"{cell['num_edits']}{', in turn' if cell['sequential'] else ''}",
             f"{cell['count']:,}",
-            *(_value(cell.get(name)) for name in COLUMNS),
+            *(value(cell.get(name)) for name in COLUMNS),
             f"{acc:+.4f}" if acc is not None else "-",
             change,
             f"{time:.0f}" if time is not None else "-",
         ]
 
 
-def _value(value: dict[str, Any] | None) -> str:
-    if not value or value["after"] is None:
+def value(metric: dict[str, Any] | None) -> str:
+    """A mean with its 95 % interval, as a table shows it."""
+    if not metric or metric["after"] is None:
         return "-"
-    return f"{value['after']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+    return f"{metric['after']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})"
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:

@@ -44,7 +44,6 @@ def compare(
     from mendlm.files import read_json
     from mendlm.methods import LEARNED, method_types
     from mendlm.models import base_of
-    from mendlm.report import find, table, write
     from mendlm.tasks import load_edits, load_unrelated
 
     names, counts = _names(methods), _counts(num_edits)
@@ -89,8 +88,6 @@ def compare(
                     raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
                 common.note(f"{name}, {count} at once: done before")
                 continue
-            about = {"model": base["name"], "model_sha256": base["sha256"], "dtype": base["dtype"]}
-            about |= {"command": common.command_line(sys.argv), "method_config": cell["method"], "cell": _plain(cell)}
             with common.progress(f"{name}, {count} at once") as show:
                 results = evaluate(
                     chosen,
@@ -100,13 +97,11 @@ def compare(
                     requests,
                     replace(config, num_edits=count),
                     locality=unrelated,
-                    about=about,
+                    about={"command": common.command_line(sys.argv), "cell": _plain(cell)},
                     callback=show,
                 )
             results.save(folder)
-    cells = find(folders)
-    written = write(cells, out)
-    common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, table(cells).rstrip())
+    _publish(folders, out, json_output)
 
 
 def report(
@@ -115,6 +110,10 @@ def report(
     json_output: common.Json = False,
 ) -> None:
     """Make table, pictures and page of result files again, without any model."""
+    _publish(folders, out, json_output)
+
+
+def _publish(folders: list[Path], out: Path, json_output: bool) -> None:
     from mendlm.report import find, table, write
 
     cells = find(folders)

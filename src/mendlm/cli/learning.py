@@ -6,7 +6,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -50,7 +50,6 @@ def train(
     from mendlm.files import refuse_existing
     from mendlm.layers import default_layers, select
     from mendlm.methods import LEARNED, method_types
-    from mendlm.models import base_of
     from mendlm.tasks import combine, load_edits, load_unrelated
     from mendlm.training import Progress, TrainConfig
     from mendlm.training import train as run_training
@@ -96,7 +95,7 @@ def train(
                 locality=unrelated,
                 resume=resume,
                 trunk_cache=trunk_cache,
-                about={"base": base_of(loaded), "command": common.command_line(sys.argv)},
+                about={"command": common.command_line(sys.argv)},
                 callback=tell,
                 should_stop=lambda: bool(stopping),
             )
@@ -139,7 +138,6 @@ def evaluate(
     from mendlm.evaluation import EvaluationConfig
     from mendlm.evaluation import evaluate as run_evaluation
     from mendlm.files import refuse_existing
-    from mendlm.models import base_of
     from mendlm.tasks import load_edits, load_unrelated
 
     given = {"num_edits": num_edits, "sequential": sequential, "chat": chat, "scale": scale, "seed": seed}
@@ -151,14 +149,10 @@ def evaluate(
     loaded, tokenizer = common.open_model(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
-    base = base_of(loaded)
-    about: dict[str, Any] = {"model": base["name"], "model_sha256": base["sha256"], "dtype": base["dtype"]}
-    about["command"] = common.command_line(sys.argv)
     others = {name: value for name, value in values.items() if name not in own}
     chosen, _ = common.open_method(
         method, others, editor, model, loaded, tokenizer, unrelated, scored=len(requests.examples), force=force
     )
-    about["method_config"] = asdict(chosen.config)
     with common.progress("evaluating") as show:
         results = run_evaluation(
             chosen,
@@ -168,7 +162,7 @@ def evaluate(
             requests,
             evaluation_config,
             locality=unrelated,
-            about=about,
+            about={"command": common.command_line(sys.argv)},
             callback=show,
         )
     results.save(out, force=force)
