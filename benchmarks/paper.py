@@ -58,6 +58,10 @@ class Part:
     limit: int = 200
     settings: tuple[str, ...] = ()
     """Settings of every training."""
+    layers: tuple[str, ...] = ()
+    """Patterns of the layers that all methods change; by default the paper's choice."""
+    editors: str = ""
+    """Another part, whose editors this one scores."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     """Name -> settings of further editors of the first learned method: the ablations."""
 
@@ -68,17 +72,30 @@ NQ, NQ_DEV, TEXT, PPL = (
     "text:{data}/wikitext-2-a.txt",
     "text:{data}/wikitext-2-b.txt",
 )
-COUNTERFACT = ("counterfact:{data}/counterfact-train.json",)
 ZSRE, FEVER, FEVER_DEV = ("zsre:{data}/zsre-train.json",), ("fever:{work}/fever-train.jsonl",), "fever:{work}/fever-dev.jsonl"
+BOTH = ("counterfact:{data}/counterfact-train.json", *ZSRE * 3)
 WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
+MIDDLE = tuple(f"model.layers.{block}.mlp.*" for block in (22, 23, 24))
 ATTENTION = 'editor.layers=["*.[345].attention.self.query", "*.[345].attention.self.value"]'
 PARTS: dict[str, Part] = {
     "gpt-counterfact": Part(
-        "starter", COUNTERFACT, "counterfact:{data}/counterfact-dev.json", watched=(PPL,), settings=WEIGHTS
+        "starter",
+        BOTH,
+        "counterfact:{data}/counterfact-dev.json",
+        (NQ,),
+        (PPL,),
+        steps=120,
+        batch=64,
+        settings=WEIGHTS,
+        layers=MIDDLE,
     ),
-    "gpt-zsre": Part("starter", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV, PPL), settings=WEIGHTS),
-    "t5-zsre": Part("t5-questions", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=400, settings=WEIGHTS),
-    "fever-bert": Part("bert-fever", FEVER, FEVER_DEV, watched=(FEVER_DEV,), untrained=UNTRAINED[:-1], settings=WEIGHTS),
+    "gpt-zsre": Part(
+        "starter", BOTH, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV, PPL), layers=MIDDLE, editors="gpt-counterfact"
+    ),
+    "t5-zsre": Part("t5-questions", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), batch=16, settings=WEIGHTS),
+    "fever-bert": Part(
+        "bert-fever", FEVER, FEVER_DEV, watched=(FEVER_DEV,), untrained=UNTRAINED[:-1], steps=150, settings=WEIGHTS
+    ),
     "gpt2-wikitext": Part(
         "gpt2-small",
         ("wikitext:{work}/wikitext-train.json",),
@@ -171,7 +188,7 @@ class Driver:
     def prepare(self, part: Part) -> None:
         """Wikitext's samples, in a training and a held-out part."""
         if "wikitext" in part.dev and not (self.work / "wikitext-dev.json").is_file():
-            whole, count = self.work / "wikitext.json", str(max(64, int(2400 * self.share)))
+            whole, count = self.work / "wikitext.json", str(max(64, int(1200 * self.share)))
             sampled = ["--text", str(self.data / "wikitext-2-a.txt"), "--count", count, "--force", "--out", str(whole)]
             self.mendlm("sampling wikitext", "data", "wikitext", "--model", "starter", *sampled)
             made = read_json(whole)
@@ -182,13 +199,16 @@ class Driver:
 
     def editors(self, name: str, part: Part, base: str) -> Iterator[tuple[str, str, int, Path]]:
         """Train every editor of a part: variant, method, requests at once, run folder."""
+        name, part = part.editors or name, PARTS.get(part.editors, part)
+        trunk = ["--trunk-cache", str(self.work / "trunk")] if base == "starter" else []
         for variant, more in part.variants.items():
             for method in part.learned:
                 for count in part.counts:
                     run = self.work / name / "runs" / f"{method}@{count}{variant and '-' + variant.replace(' ', '-')}"
                     steps = max(2, int(part.steps * self.share))
                     batch = part.batch // count * count
-                    given = (*part.settings, f"batch_size={batch}", f"num_edits={count}", *EDITOR[method], *more)
+                    layers = (f"editor.layers={json.dumps(part.layers)}",) if part.layers else ()
+                    given = (*part.settings, *layers, f"batch_size={batch}", f"num_edits={count}", *EDITOR[method], *more)
                     options = [word for setting in given for word in ("--set", setting)]
                     options += [word for source in part.train for word in ("--data", self.place(source))]
                     options += [word for source in part.locality for word in ("--locality", self.place(source))]
@@ -196,7 +216,7 @@ class Driver:
                     if not log.is_file() or len(log.read_text().splitlines()) < steps:
                         resume = ["--resume"] if (run / "checkpoint.safetensors").is_file() else []
                         common = ["--model", base, "--method", method, "--steps", str(steps), "--device", self.device]
-                        self.mendlm(f"train {name} {run.name}", "train", *common, *options, "--out", str(run), *resume)
+                        self.mendlm(f"train {name} {run.name}", "train", *common, *options, *trunk, "--out", str(run), *resume)
                     yield variant, method, count, run
 
     def part(self, name: str) -> None:
@@ -213,6 +233,9 @@ class Driver:
             methods = ",".join((*part.learned, *part.untrained))
             out = self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}"
             options = ["--num-edits", ",".join(map(str, part.counts)), "--limit", str(limit), "--device", self.device]
+            options += ["--set", "timed_edits=5"]
+            for method in part.untrained if part.layers else ():
+                options += ["--set", f"{method}.layers={json.dumps(part.layers)}"] if method != "prompt" else []
             options += [word for source in part.watched for word in ("--locality", self.place(source))]
             common = ["--model", base, "--data", self.place(part.dev), "--methods", methods]
             self.mendlm(f"compare {name} {variant}".strip(), "compare", *common, *editors, *options, "--out", str(out))
@@ -226,7 +249,7 @@ class Driver:
                 cells.append({**cell, "method": f"{cell['method']}, {variant}" if variant else cell["method"]})
         write(cells, self.work / name / "report")
         mine = (
-            f"train {name} ",
+            f"train {PARTS[name].editors or name} ",
             f"compare {name}",
             f"base {PARTS[name].base}",
             "sampling wikitext" if "wikitext" in name else "-",

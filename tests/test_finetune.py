@@ -7,6 +7,7 @@ import oracles
 from mendlm.apply import applied
 from mendlm.errors import InputError
 from mendlm.layers import default_layers, select
+from mendlm.methods import finetune
 from mendlm.methods.finetune import FineTune, FineTuneConfig
 
 OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -53,6 +54,21 @@ def test_it_stops_as_soon_as_the_argmax_is_the_target(case):
     assert len(passes) == done + 1
     with applied(model, edit):
         assert torch.equal(answer(model, batch), batch.label)
+
+
+@pytest.mark.parametrize(("case", "optimizer"), [("gpt2", "adam"), ("llama", "rmsprop"), ("t5", "adam")])
+def test_requests_that_are_tuned_side_by_side_stop_one_by_one(case, optimizer, monkeypatch):
+    model, specs = cases.tiny(case), default_layers(cases.tiny(case))
+    batch, rate = cases.requests(model, batch=4), {"adam": 0.01, "rmsprop": 0.003}[optimizer]
+    alone = [oracle(model, specs, oracles.alone(batch, i), optimizer, rate, 60) for i in range(4)]
+    assert len({done for _, done in alone}) > 1
+    together = tuner(specs, optimizer, rate, 60).edit(model, batch)
+    monkeypatch.setattr(finetune, "TOGETHER", 2 * sum(spec.d_in * spec.d_out for spec in specs))
+    in_turns = tuner(specs, optimizer, rate, 60).edit(model, batch)
+    for name, update in together.updates.items():
+        assert_close(in_turns.updates[name].dense(), update.dense(), rtol=1e-2, atol=1e-3)
+        for i, (expected, _) in enumerate(alone):
+            assert_close(update[i].dense(), expected[name], rtol=2e-2, atol=2e-2 * expected[name].abs().max().item())
 
 
 def answer(model, batch):

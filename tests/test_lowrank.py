@@ -116,14 +116,18 @@ def test_stack_concatenate_and_selection():
         assert_close(batch[index].dense(), batch.dense()[index])
 
 
-def test_from_dense_conversion_and_detach():
-    matrix = torch.randn(3, 5, generator=torch.Generator().manual_seed(4)).requires_grad_()
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4), (2, 3, 5), (2, 5, 3)])
+def test_from_dense_conversion_and_detach(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(4)).requires_grad_()
     a = LowRank.from_dense(matrix)
     assert torch.equal(a.dense(), matrix)
-    assert a.delta.requires_grad
-    assert not a.detach().delta.requires_grad
+    varies, identity = (a.delta, a.u) if shape[-1] <= shape[-2] else (a.u, a.delta)
+    assert varies.requires_grad
+    assert torch.equal(identity, torch.eye(a.rows).expand_as(identity))
+    assert not any(factor.requires_grad for factor in (a.detach().u, a.detach().delta))
     assert a.to(torch.bfloat16).u.dtype == torch.bfloat16
-    assert (a.rows, a.shape, a.nbytes) == (5, (3, 5), 4 * (25 + 15))
+    assert (a.rows, a.shape) == (min(shape[-2:]), shape[-2:])
+    assert a.nbytes == 4 * (a.u.numel() + a.delta.numel())
 
 
 def test_a_tensor_scales_each_matrix_of_a_batch():

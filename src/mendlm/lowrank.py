@@ -37,9 +37,11 @@ class LowRank:
             )
 
     @classmethod
-    def from_dense(cls, matrix: Float[Tensor, "d_out d_in"]) -> LowRank:
-        """A dense matrix as rows: `u = I`, exact, only larger."""
-        return cls(torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device), matrix.mT)
+    def from_dense(cls, matrix: Float[Tensor, "*batch d_out d_in"]) -> LowRank:
+        """A dense matrix as rows: the smaller factor is the identity (`u`, where both are alike). Exact, only larger."""
+        d_out, d_in = matrix.shape[-2:]
+        eye = torch.eye(min(d_out, d_in), dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
+        return cls(eye, matrix.mT) if d_in <= d_out else cls(matrix, eye)
 
     @property
     def rows(self) -> int:

@@ -66,6 +66,25 @@ class Batch:
     is_end: Bool[Tensor, "scored"]
     size: int
 
+    def part(self, start: int, stop: int) -> Batch:
+        """The examples from `start` to before `stop`, padded to their own longest."""
+        inputs = {name: tensor[start:stop] for name, tensor in self.inputs.items()}
+        for prefix in ("", "decoder_"):
+            ids, mask = f"{prefix}input_ids", f"{prefix}attention_mask"
+            if mask in inputs:
+                length = int(inputs[mask].sum(-1).max())
+                inputs |= {name: inputs[name][:, :length] for name in (ids, mask)}
+        mine = (self.row >= start) & (self.row < stop)
+        scored = (self.row[mine] - start, self.column[mine], self.label[mine], self.is_end[mine])
+        return Batch(inputs, *scored, stop - start)
+
+    def repeated(self, times: int) -> Batch:
+        """A batch of one text as so many rows of it."""
+        assert self.size == 1
+        row = torch.arange(times, device=self.row.device).repeat_interleave(len(self.row))
+        scored = (tensor.repeat(times) for tensor in (self.column, self.label, self.is_end))
+        return Batch({name: tensor.repeat(times, 1) for name, tensor in self.inputs.items()}, row, *scored, times)
+
 
 @dataclass(frozen=True, eq=False)
 class Formatter:

@@ -6,7 +6,8 @@ Gradient descent on the edited layers until every target token is the argmax (FT
 - `ft-strong`: one matrix, and on until the target is likely, not only the argmax: what later work found stronger;
 - `lora`: the change of each matrix is a product of rank r.
 
-The change is a parameter of the overlay, so no weight is touched, and the trunk runs once for all steps.
+The change is a parameter of the overlay, so no weight is touched, the trunk runs once for all steps, and independent requests
+are tuned side by side, each with a change of its own that stops when it is done.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from torch import Tensor
 from mendlm.apply import Edit, applied, join
 from mendlm.errors import InputError
 from mendlm.layers import LayerSpec
-from mendlm.losses import token_kl, token_nll
+from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.lowrank import LowRank
 from mendlm.methods.base import Method, transposed
 from mendlm.replay import Trunk
 from mendlm.text import Batch, scored_logits
 
+TOGETHER = 2**23
+"""Numbers tuned side by side, at most: small changes gain from company, large ones lose as much by leaving the caches."""
 _OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
@@ -92,7 +95,7 @@ class LoRAConfig(FineTuneConfig):
 
 
 class FineTune(Method):
-    """Fine-tuning on the exact prompt, one request at a time. `unrelated` are single texts for the KL, taken in turn."""
+    """Fine-tuning on the exact prompt. `unrelated` are single texts for the KL, taken in turn."""
 
     def __init__(
         self, specs: Sequence[LayerSpec], config: FineTuneConfig | None = None, unrelated: Sequence[Batch] = ()
@@ -106,63 +109,63 @@ class FineTune(Method):
         self._unrelated = itertools.cycle(unrelated)
 
     def edit(self, model: Any, batch: Batch) -> Edit:
-        """One edit for each example; dense changes have `u = I`."""
-        return join([self._edit_one(model, _example(batch, index)) for index in range(batch.size)])
+        """One edit for each example, tuned in turns of as many as `TOGETHER` allows; dense changes have an identity factor."""
+        rank, sizes = self.config.rank, [(spec.d_out, spec.d_in) for spec in self.specs]
+        numbers = sum(d_out * d_in if rank is None else rank * (d_out + d_in) for d_out, d_in in sizes)
+        each = max(1, TOGETHER // numbers)
+        parts = [batch.part(start, min(start + each, batch.size)) for start in range(0, batch.size, each)]
+        return join([self._tune(model, part) for part in parts])
 
-    def _start(self, spec: LayerSpec, device: torch.device) -> tuple[LowRank, list[Tensor]]:
-        """A change of zero, and what of it is tuned."""
+    def _start(self, spec: LayerSpec, size: int, device: torch.device) -> tuple[LowRank, list[Tensor]]:
+        """Changes of zero, one an example, and what of them is tuned."""
         if self.config.rank is None:
-            update = LowRank.from_dense(torch.zeros(spec.d_out, spec.d_in, device=device))
-            return update, [update.delta.requires_grad_()]
+            zero = LowRank.from_dense(torch.zeros(size, spec.d_out, spec.d_in, device=device))
+            tuned = zero.delta if spec.d_in <= spec.d_out else zero.u
+            return zero, [tuned.requires_grad_()]
         rng = torch.Generator().manual_seed(0)
         u = torch.randn(self.config.rank, spec.d_in, generator=rng).to(device) / spec.d_in**0.5
-        update = LowRank(u, torch.zeros(self.config.rank, spec.d_out, device=device))
+        update = LowRank(u.repeat(size, 1, 1), torch.zeros(size, self.config.rank, spec.d_out, device=device))
         return update, [update.u.requires_grad_(), update.delta.requires_grad_()]
 
     @torch.enable_grad()
-    def _edit_one(self, model: Any, batch: Batch) -> Edit:
+    def _tune(self, model: Any, batch: Batch) -> Edit:
         trunk = Trunk.where_possible(model, self.specs)
-        starts = {spec.name: self._start(spec, model.device) for spec in self.specs}
+        starts = {spec.name: self._start(spec, batch.size, model.device) for spec in self.specs}
         edit = Edit({name: update for name, (update, _) in starts.items()}, transposed(self.specs))
         changes = [tensor for _, tuned in starts.values() for tensor in tuned]
         optimizer = _OPTIMIZERS[self.config.optimizer](changes, lr=self.config.rate)
         tape = trunk.run(model, batch.inputs)
+        done = torch.zeros(batch.size, dtype=torch.bool, device=model.device)
         for _ in range(self.config.steps):
             with trunk.replay(tape), applied(model, edit):
                 logits = scored_logits(model, batch)
-                loss = token_nll(logits, batch.label, batch.row, batch.size).sum()
-            if self._done(logits, loss, batch):
+                nll = token_nll(logits, batch.label, batch.row, batch.size)
+            done |= self._done(logits, nll.detach(), batch)
+            count = int(done.sum())
+            if count == batch.size:
                 break
-            loss = self.config.edit_weight * loss
+            loss = self.config.edit_weight * nll.sum()
             if self.config.kl_weight:
-                loss = loss + self.config.kl_weight * self._kl(model, edit)
+                loss = loss + self.config.kl_weight * self._kl(model, trunk, edit, batch.size)
+            held = [change.detach()[done] for change in changes if count]
             for change, slope in zip(changes, torch.autograd.grad(loss, changes), strict=True):
                 change.grad = slope
             optimizer.step()
-        return edit.detach()._map(lambda update: LowRank(update.u[None], update.delta[None]))
+            with torch.no_grad():
+                for change, kept in zip(changes, held, strict=False):
+                    change[done] = kept
+        return edit.detach()
 
-    def _done(self, logits: Tensor, nll: Tensor, batch: Batch) -> bool:
+    def _done(self, logits: Tensor, nll: Tensor, batch: Batch) -> Tensor:
         if self.config.stop_nll is None:
-            return bool((logits.argmax(-1) == batch.label).all())
-        return nll.item() <= self.config.stop_nll
+            return all_by_row(logits.argmax(-1) == batch.label, batch.row, batch.size)
+        return nll <= self.config.stop_nll
 
-    def _kl(self, model: Any, edit: Edit) -> Tensor:
-        batch = next(self._unrelated)
-        with torch.no_grad():
+    def _kl(self, model: Any, trunk: Trunk, edit: Edit, size: int) -> Tensor:
+        """The KL of each example's change on the same text."""
+        batch = next(self._unrelated).repeated(size)
+        with torch.no_grad(), trunk.record() as tape:
             base = scored_logits(model, batch)
-        with applied(model, edit):
+        with trunk.replay(tape), applied(model, edit):
             edited = scored_logits(model, batch)
         return token_kl(base, edited, batch.row, batch.size).sum()
-
-
-def _example(batch: Batch, index: int) -> Batch:
-    """One example of a batch, as a batch of one, without its padding."""
-    inputs: dict[str, Tensor] = {name: tensor[index : index + 1] for name, tensor in batch.inputs.items()}
-    for prefix in ("", "decoder_"):
-        mask = inputs.get(f"{prefix}attention_mask")
-        if mask is not None:
-            length = int(mask.sum())
-            for name in (f"{prefix}input_ids", f"{prefix}attention_mask"):
-                inputs[name] = inputs[name][:, :length]
-    mine = batch.row == index
-    return Batch(inputs, batch.row[mine] * 0, batch.column[mine], batch.label[mine], batch.is_end[mine], 1)
