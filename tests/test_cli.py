@@ -169,7 +169,7 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
         "--set", "batch_size=2", "--set", "normalizer_examples=3")  # fmt: skip
     how = (
         "--methods",
-        "mend,ke,ft,ft-kl,prompt",
+        "mend,ke,ft,ft-kl,prompt,cache",
         "--editor",
         "mend=run",
         "--editor",
@@ -181,14 +181,14 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
     made = run(*COMPARE, *how, *settings)
     cells = json.loads((out / "table.json").read_text())
     assert [(c["method"], c["num_edits"]) for c in cells] == [
-        (m, n) for m in ("ft", "ft-kl", "ke", "mend", "prompt") for n in (1, 3)
+        (m, n) for m in ("cache", "ft", "ft-kl", "ke", "mend", "prompt") for n in (1, 3)
     ]
     assert all(c["count"] == 3 and c["generate"] is False for c in cells)
-    assert cells[0]["method_config"]["steps"] == 1
+    assert cells[2]["method_config"]["steps"] == 1
     alone = run("eval", *ON, "--data", "records:facts.jsonl", "--locality", "text:text.txt", "--out", tmp_path / "e",
                 "--set", "generate=false")  # fmt: skip
     same = ("success", "generality", "locality", "perplexity", "new_over_old")
-    assert [alone[key] for key in same] == [cells[6][key] for key in same]
+    assert [alone[key] for key in same] == [cells[8][key] for key in same]
     assert all(Path(path).is_file() for path in made["files"])
 
     def refuse(*_: object, **__: object) -> None:

@@ -225,7 +225,9 @@ def test_the_methods_names_are_those_of_the_registry() -> None:
     others = [oracles.alone(requests(model), 0)]
     for name in METHODS:
         kind, config = method_types(name)
-        untrained = () if name in LEARNED else (config(),) if name == "prompt" else (default_layers(model), config(), others)
+        untrained = (
+            () if name in LEARNED else (config(),) if name in ("prompt", "cache") else (default_layers(model), config(), others)
+        )
         assert (kind(*untrained) if untrained else kind).name == name
     with pytest.raises(InputError, match="unknown method 'rome'; choose one of mend"):
         method_types("rome")

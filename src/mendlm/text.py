@@ -81,9 +81,9 @@ class Batch:
     def repeated(self, times: int) -> Batch:
         """A batch of one text as so many rows of it."""
         assert self.size == 1
+        inputs = {name: tensor.repeat(times, 1) for name, tensor in self.inputs.items()}
         row = torch.arange(times, device=self.row.device).repeat_interleave(len(self.row))
-        scored = (tensor.repeat(times) for tensor in (self.column, self.label, self.is_end))
-        return Batch({name: tensor.repeat(times, 1) for name, tensor in self.inputs.items()}, row, *scored, times)
+        return Batch(inputs, row, self.column.repeat(times), self.label.repeat(times), self.is_end.repeat(times), times)
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,9 @@ Model = Annotated[str, typer.Option("--model", help="'starter', a Hugging Face f
 EditorOption = Annotated[str | None, typer.Option("--editor", help="A run folder or editor file; the starter has its own.")]
 MethodOption = Annotated[
     str | None,
-    typer.Option("--method", help="mend, malmen, ke, enn (trained), ft, ft-kl, ft-strong, lora, prompt; a run says its own."),
+    typer.Option(
+        "--method", help="mend, malmen, ke, enn (trained), ft, ft-kl, ft-strong, lora, prompt, cache; a run says its own."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
@@ -218,6 +220,8 @@ def open_method(
     if editor is not None:
         raise InputError(f"the method '{name}' has no editor; leave --editor out")
     settings = parse_config(config, values)
+    if name == "cache":
+        return kind(settings), {}
     formatter = Formatter.of(model, tokenizer)
     if name == "prompt":
         return kind(settings, tokenizer(settings.separator, add_special_tokens=False)["input_ids"]), {}

@@ -17,6 +17,7 @@ _PLACES = {
     "ft-strong": ("finetune", "FineTune", "FineTuneStrongConfig"),
     "lora": ("finetune", "FineTune", "LoRAConfig"),
     "prompt": ("prompt", "Prompt", "PromptConfig"),
+    "cache": ("cache", "Cache", "CacheConfig"),
 }
 LEARNED = ("mend", "malmen", "ke", "enn")
 """The methods that `mendlm train` trains."""

@@ -1,0 +1,137 @@
+"""The cache of hidden states: against a loop over one unpadded text at a time, with the states that the head reads there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from cases import byte_tokenizer, tiny
+from mendlm.errors import InputError
+from mendlm.evaluation import EvaluationConfig, evaluate
+from mendlm.methods.cache import CERTAIN, Cache, CacheConfig, Memory, _marked, _marks
+from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.text import Encoded, Formatter, scored_logits
+
+GENERATORS = ("gpt2", "llama", "opt", "gemma3", "t5", "bart")
+REQUESTS = (("Who is Ana?", "a baker", True), ("The home of Bo Rask is", " by the sea", False), ("Cy likes", " an", False))
+ASKED = (("Who is Ana", "a baker"), ("Cy likes", " an ox"), ("The river runs through the old", " an old capital"))
+
+
+def state_and_logits(model: Any, form: Formatter, text: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the head reads and says at the target's places, of one text alone."""
+    read = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    count = len(text.target)
+    try:
+        with torch.no_grad():
+            if model.config.is_encoder_decoder:
+                decoder, first = torch.tensor([[*form.start, *text.target[:-1]]]), len(form.start) - 1
+                logits = model(input_ids=torch.tensor([text.prompt]), decoder_input_ids=decoder).logits
+            else:
+                first = len(text.prompt) - 1
+                logits = model(input_ids=torch.tensor([[*text.prompt, *text.target[:-1]]])).logits
+    finally:
+        handle.remove()
+    return read[0][0, first : first + count], logits[0, first : first + count]
+
+
+def expected(model: Any, form: Formatter, known: Encoded, asked: Encoded, radius: float) -> tuple[torch.Tensor, list[int]]:
+    keys, _ = state_and_logits(model, form, known)
+    states, logits = state_and_logits(model, form, asked)
+    said = []
+    for place, state in enumerate(states):
+        away = [float((state - key).norm() / key.norm()) for key in keys]
+        best = min(range(len(away)), key=away.__getitem__)
+        said.append(known.target[best] if away[best] <= radius else -1)
+        if said[-1] >= 0:
+            logits[place] = 0
+            logits[place, said[-1]] = CERTAIN
+    return logits, said
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_it_answers_where_a_state_is_near_a_key_and_only_there(name: str) -> None:
+    model = tiny(name)
+    form = Formatter.of(model, byte_tokenizer())
+    known = [form.encode(prompt, target, end=end) for prompt, target, end in REQUESTS]
+    asked = [form.encode(prompt, target) for prompt, target in ASKED]
+    routing = torch.tensor([0, 2, -1])
+    memory = Cache(CacheConfig(radius=0.3)).edit(model, form.batch(known))
+    batch = form.batch(asked)
+    with torch.no_grad():
+        base = scored_logits(model, batch)
+        with memory.on(model, routing):
+            found = scored_logits(model, batch)
+        assert torch.equal(scored_logits(model, batch), base)
+    answered = []
+    for row, text in enumerate(asked[:2]):
+        logits, said = expected(model, form, known[routing[row]], text, 0.3)
+        answered += said
+        mine = found[batch.row == row]
+        assert_close(mine.log_softmax(-1).exp(), logits.log_softmax(-1).exp(), rtol=1e-3, atol=1e-4)
+        assert all(mine[place].argmax() == token for place, token in enumerate(said) if token >= 0)
+    assert any(token >= 0 for token in answered)
+    assert any(token < 0 for token in answered) or name in ("t5", "bart", "opt")
+    assert torch.equal(found[batch.row == 2], base[batch.row == 2])
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_request_itself_is_answered_with_the_target_freely_and_in_a_batch(name: str) -> None:
+    model = tiny(name)
+    form = Formatter.of(model, byte_tokenizer())
+    known = [form.encode(prompt, target, end=True) for prompt, target, _ in REQUESTS]
+    memory = Cache(CacheConfig(radius=1e-3)).edit(model, form.batch(known))
+    with memory.on(model):
+        answers = form.generate(model, known, 12)
+    assert answers == [text.target[:-1] for text in known]
+
+
+@pytest.mark.parametrize("name", ["bert", "bert two logits", "modernbert"])
+def test_a_classifier_answers_with_the_label_of_the_text_it_knows(name: str) -> None:
+    model = tiny(name)
+    form = Formatter.of(model, byte_tokenizer())
+    texts = [form.encode("Oslo is in Norway.", form.labels[i]) for i in (0, 1)]
+    batch = form.batch(texts)
+    memory = Cache(CacheConfig(radius=0.01)).edit(model, batch)
+    other = form.batch([form.encode("Something else altogether!", form.labels[0])] * 2)
+    with torch.no_grad():
+        base = scored_logits(model, other)
+        with memory.on(model):
+            assert scored_logits(model, batch).argmax(-1).tolist() == [0, 1]
+            assert torch.equal(scored_logits(model, other), base)
+
+
+def test_many_are_searched_at_once_and_the_nearest_answers() -> None:
+    keys = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]], [[0.0, 2.5]], [[9.0, 9.0]]])
+    memory = Memory(keys, torch.tensor([[7], [8], [9], [5]]), 0.3).grouped(2)
+    assert memory.keys.shape == (2, 2, 2)
+    states = torch.tensor([[[1.1, 0.0], [0.0, 2.4], [5.0, 5.0]], [[0.0, 2.4], [8.0, 9.0], [1.0, 0.0]]])
+    assert memory.answers(states, None).tolist() == [[7, 8, -1], [9, 5, -1]]
+    assert memory.answers(states, torch.tensor([-1, 0])).tolist() == [[-1, -1, -1], [8, -1, 7]]
+    with pytest.raises(InputError, match="2 rows of input do not divide among 3"):
+        memory.answers(states, torch.tensor([0, 0, 1]))
+
+
+def test_tokens_of_large_vocabularies_survive_small_types() -> None:
+    answers = torch.tensor([[0, 127, -1, 128, 49_151, 262_143, 1_999_999]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        states = torch.randn(1, 7, 8).to(dtype)
+        assert torch.equal(_marks(_marked(states, answers)), answers)
+        assert torch.equal(_marked(states, answers)[0, 2], states[0, 2])
+
+
+def test_it_is_evaluated_like_any_method() -> None:
+    model = tiny("llama")
+    examples = tuple(EditExample(prompt=p, target=t, unrelated=(Probe("Why?", "so"),), question=end) for p, t, end in REQUESTS)
+    data = Dataset("records:x", "x", examples, ())
+    rows = evaluate(Cache(CacheConfig(radius=0.01)), (), model, byte_tokenizer(), data, EvaluationConfig()).rows
+    assert all(row["success"] == (False, True) for row in rows)
+
+
+@pytest.mark.parametrize("radius", [-0.1, float("nan"), float("inf")])
+def test_a_radius_that_cannot_be_is_refused(radius: float) -> None:
+    with pytest.raises(InputError, match="radius must be 0 or a positive finite number"):
+        CacheConfig(radius=radius)
