@@ -32,7 +32,7 @@ from mendlm.report import draw, find, write
 from mendlm.tasks.base import chance
 
 HERE = Path(__file__).parent
-UNTRAINED = ("ft", "ft-kl", "ft-strong", "lora", "prompt")
+UNTRAINED = ("ft", "ft-kl", "ft-strong", "lora", "cache", "prompt")
 EDITOR = {"mend": ["editor.rank=128"], "malmen": ["editor.rank=128"], "ke": [], "enn": []}
 """Learned methods, and the settings of their editors."""
 
@@ -92,7 +92,7 @@ PARTS: dict[str, Part] = {
     "gpt-zsre": Part(
         "starter", BOTH, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV, PPL), layers=MIDDLE, editors="gpt-counterfact"
     ),
-    "t5-zsre": Part("t5-questions", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), batch=16, settings=WEIGHTS),
+    "t5-zsre": Part("t5-questions", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=150, batch=16, settings=WEIGHTS),
     "fever-bert": Part(
         "bert-fever", FEVER, FEVER_DEV, watched=(FEVER_DEV,), untrained=UNTRAINED[:-1], steps=150, settings=WEIGHTS
     ),
@@ -102,12 +102,11 @@ PARTS: dict[str, Part] = {
         "wikitext:{work}/wikitext-dev.json",
         (TEXT,),
         (PPL,),
-        steps=400,
         settings=WEIGHTS,
     ),
-    "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=400, settings=WEIGHTS),
+    "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=300, settings=WEIGHTS),
     "many": Part(
-        "t5-questions",
+        "bart-small",
         ZSRE,
         "zsre:{data}/zsre-dev.json",
         (NQ,),
@@ -115,6 +114,7 @@ PARTS: dict[str, Part] = {
         learned=("mend", "enn", "malmen"),
         untrained=(),
         counts=(1, 5, 25, 75, 125),
+        steps=100,
         batch=125,
         settings=WEIGHTS,
     ),
@@ -235,7 +235,7 @@ class Driver:
             options = ["--num-edits", ",".join(map(str, part.counts)), "--limit", str(limit), "--device", self.device]
             options += ["--set", "timed_edits=5"]
             for method in part.untrained if part.layers else ():
-                options += ["--set", f"{method}.layers={json.dumps(part.layers)}"] if method != "prompt" else []
+                options += ["--set", f"{method}.layers={json.dumps(part.layers)}"] if method not in ("cache", "prompt") else []
             options += [word for source in part.watched for word in ("--locality", self.place(source))]
             common = ["--model", base, "--data", self.place(part.dev), "--methods", methods]
             self.mendlm(f"compare {name} {variant}".strip(), "compare", *common, *editors, *options, "--out", str(out))

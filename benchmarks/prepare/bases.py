@@ -174,10 +174,10 @@ def bart_small(data: Path, divided: Path, folder: Path) -> tuple[Any, Any, list[
 
 
 BASES: dict[str, tuple[Callable[[Path, Path, Path], tuple[Any, Any, list[list[Pair]]]], int, float]] = {
-    "t5-questions": (t5_questions, 300, 5e-4),
+    "t5-questions": (t5_questions, 200, 5e-4),
     "bert-fever": (bert_fever, 800, 1e-4),
-    "gpt2-small": (gpt2_small, 1200, 1e-3),
-    "bart-small": (bart_small, 1200, 1e-3),
+    "gpt2-small": (gpt2_small, 800, 1e-3),
+    "bart-small": (bart_small, 600, 1e-3),
 }
 """Name -> how it is made and on which stages of data, optimiser steps a stage, and AdamW's rate."""
 
