@@ -146,7 +146,11 @@ class Driver:
     def __init__(self, data: Path, work: Path, share: float, limit: int | None, device: str) -> None:
         self.data, self.work, self.share, self.limit, self.device = data, work, share, limit, device
         self.times = work / "seconds.json"
-        self.seconds: dict[str, float] = read_json(self.times) if self.times.is_file() else {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Command -> its seconds so far, of every driver that works in the folder."""
+        return read_json(self.times) if self.times.is_file() else {}
 
     def run(self, name: str, command: Sequence[str]) -> None:
         """Run a command; its seconds, those of earlier interrupted tries included, are kept."""
@@ -155,8 +159,8 @@ class Driver:
         try:
             subprocess.run(command, check=True)
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - begun, 1)
-            write_json(self.times, self.seconds)
+            spent = self.seconds
+            write_json(self.times, spent | {name: round(spent.get(name, 0) + time.perf_counter() - begun, 1)})
 
     def mendlm(self, name: str, *arguments: str) -> None:
         """Run a `mendlm` command."""
