@@ -130,13 +130,18 @@ def test_edit_by_a_method_that_needs_no_training(run: Command, tmp_path: Path, m
     assert any(update.norm() > 0 for update in made.updates.values())
 
 
-def test_enn_is_trained_and_scored_but_makes_no_edit_of_the_users_base(run: Command, tmp_path: Path) -> None:
+def test_enn_is_trained_and_scored_and_its_edits_hold_what_it_changed_of_the_base(run: Command, tmp_path: Path) -> None:
     common = ("--model", "model", "--data", "records:facts.jsonl")
     run("train", "--method", "enn", *common, "--steps", 2, "--out", tmp_path / "enn", "--set", "normalizer_examples=3")
     summary = run("eval", *common, "--editor", tmp_path / "enn", "--out", tmp_path / "e")
     assert summary["method"] == "enn"
-    asked = ("--prompt", "Who is Ana?", "--target", "a baker", "--out", tmp_path / "one")
-    assert "a base that it has changed" in run("edit", "--model", "model", "--editor", tmp_path / "enn", *asked, fails=True)
+    asked = ("--model", "model", "--editor", tmp_path / "enn", "--prompt", "Who is Ana?", "--target")
+    run("edit", *asked, "a baker", "--out", tmp_path / "one")
+    run("edit", *asked, "a cook", "--out", tmp_path / "two")
+    both = ("--edit", tmp_path / "one", "--edit", tmp_path / "two")
+    said = run("generate", "--model", "model", *both, "--prompt", "Who is Ana?", fails=True)
+    assert "change of the base, which must not be made twice" in said
+    run("generate", "--model", "model", *both[:2], "--prompt", "Who is Ana?")
 
 
 def test_scale(run: Command, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 import oracles
 from cases import byte_tokenizer, requests, tiny
-from mendlm.apply import applied
+from mendlm.apply import applied, stacked
+from mendlm.editor import Editor
 from mendlm.errors import InputError
 from mendlm.layers import LayerSpec, default_layers
 from mendlm.losses import token_kl, token_nll
@@ -194,6 +195,23 @@ def _is_the_loop(
         change = change.mT if spec.transposed else change
         assert change.any()
         assert_close(updates[spec.name].dense(), change, rtol=1e-2, atol=1e-2 * change.abs().max().item())
+
+
+def test_an_enn_edit_of_an_editor_works_on_the_base_as_it_was() -> None:
+    model = model_of("llama")
+    method, form = learned("enn", model), Formatter.of(model, byte_tokenizer())
+    edit = Editor(method, model, byte_tokenizer()).edit("Who is Ana?", "a baker")
+    batch = form.batch([form.encode("Who is Ana?", "a baker", end=True)])
+    step = method.edit(model, batch)
+    with torch.no_grad():
+        with method.changed_base().on(model), step.on(model):
+            expected = scored_logits(model, batch)
+        with edit.on(model):
+            assert_close(scored_logits(model, batch), expected)
+        with method.changed_base().on(model):
+            assert not torch.allclose(scored_logits(model, batch), expected)
+    with pytest.raises(InputError, match="must not be made twice"):
+        stacked([edit, edit])
 
 
 def test_lora_lowers_the_loss_with_a_change_of_its_rank() -> None:

@@ -24,6 +24,9 @@ from mendlm.layers import LayerSpec, spec_of
 from mendlm.lowrank import LowRank, concatenate
 from mendlm.models import identity
 
+CHANGED_BASE = "changed_base"
+"""What an edit's `about` says if its rows hold its method's change of the base, too."""
+
 
 class Intervention(Protocol):
     """A change of how a model answers. `with intervention.on(model):` is the one way to run a changed model."""
@@ -154,7 +157,11 @@ class Edit:
 
 
 def stacked(edits: Sequence[Edit]) -> Edit:
-    """Single edits as one, in their order: the rows of all."""
+    """Single edits as one, in their order: the rows of all. Raises `InputError` where that would change the base twice."""
+    if sum(bool(edit.about.get(CHANGED_BASE)) for edit in edits) > 1:
+        raise InputError(
+            "more than one of these edits holds its method's change of the base, which must not be made twice; use one of them"
+        )
     return sum(edits[1:], start=edits[0])
 
 

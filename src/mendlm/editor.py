@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mendlm.apply import Edit
+from mendlm.apply import CHANGED_BASE, Edit
 from mendlm.checkpoint import editor_path, load_editor
-from mendlm.errors import FormatError, InputError
+from mendlm.errors import FormatError
 from mendlm.files import sha256
 from mendlm.methods.base import Learned, Method
 from mendlm.models import STARTER, base_of, identity
@@ -21,17 +21,15 @@ from mendlm.text import Formatter, TargetEnd, by_length, target_ends
 
 
 class Editor:
-    """Turns requests into edits of one model."""
+    """Turns requests into edits of one model.
+
+    Where the method has changed the base (ENN), an edit carries that change too, so that it works on the model as it was.
+    """
 
     def __init__(self, method: Method, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:
         if isinstance(method, Learned):
             method.require_fit(model)
             method.to(model.device).eval()
-        if method.changed_base() is not None:
-            raise InputError(
-                f"'{method.name}' edits a base that it has changed, so that its edits are no use on yours; evaluate it with "
-                "`mendlm eval` or `mendlm compare`"
-            )
         self.method = method
         self.model, self.formatter, self.about = model, Formatter.of(model, tokenizer), about or {}
 
@@ -72,19 +70,24 @@ class Editor:
         ends = [target_ends(target_end, question=e.question, chat=chat, family=family) for e in examples]
         texts = [self.formatter.encode(e.prompt, e.target, chat=chat, end=end) for e, end in zip(examples, ends, strict=True)]
         edits: list[Edit | None] = [None] * len(examples)
+        change = self.method.changed_base()
         for group in by_length([len(text) for text in texts], limit=batch_size):
             batch = self.method.edits(self.model, self.formatter.batch([texts[i] for i in group])) * scale
             for place, index in enumerate(group):
-                edits[index] = replace(batch[place].trimmed().require_finite(), about=self._about(examples[index], scale, chat))
+                own = batch[place].trimmed().require_finite()
+                whole = own if change is None else change.detach() + own
+                edits[index] = replace(whole, about=self._about(examples[index], scale, chat))
         return [edit for edit in edits if edit is not None]
 
     def _about(self, example: EditExample, scale: float, chat: bool) -> dict[str, Any]:
+        changed = self.method.changed_base() is not None
         return {
             "request": {"prompt": example.prompt, "target": example.target, "chat": chat, "scale": scale},
             "base": self.base,
             "method": self.method.name,
             "editor": {key: self.about[key] for key in ("source", "step", "sha256") if key in self.about},
             "stack": [],
+            **({CHANGED_BASE: True} if changed else {}),
         }
 
 
