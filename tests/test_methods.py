@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import random
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +35,7 @@ from mendlm.training import Drawn, TrainConfig, draw, outer_loss
 SETTINGS: dict[str, dict[str, Any]] = {
     "mend": {"rank": 4, "initial_rate": 0.1},
     "malmen": {"rank": 4, "initial_rate": 0.1, "initial_damping": 0.7},
+    "malmen by sums": {"rank": 4, "initial_rate": 0.1, "initial_damping": 0.7, "decoupled_from": 1},
     "ke": {"hidden": 6},
     "enn": {"initial_rate": 0.2},
 }
@@ -39,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def learned(name: str, model: Any) -> Learned:
     """A method of that name in float64, its parameters away from their start, its statistics fitted."""
-    kind, config = method_types(name)
+    kind, config = method_types(name.partition(" ")[0])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         method: Learned = kind.for_model(model, default_layers(model), config(**SETTINGS[name])).double()
@@ -110,7 +114,7 @@ def weights_by(method: Any, model: Any, form: Formatter, texts: list[Encoded]) -
 
 @pytest.mark.parametrize("num_edits", [1, 2])
 @pytest.mark.parametrize("case", ["gpt2", "llama", "t5"])
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_the_outer_loss_and_its_gradient_equal_the_dense_formula(name: str, case: str, num_edits: int) -> None:
     model = model_of(case)
     form, config = Formatter.of(model, byte_tokenizer()), TrainConfig(batch_size=4, num_edits=num_edits)
@@ -153,6 +157,37 @@ def test_malmen_has_no_more_rows_than_the_layer_has_inputs() -> None:
         damping = method.log_damping[method.specs.index(spec)].exp()
         dense = torch.linalg.solve(u.mT @ u + damping * torch.eye(spec.d_in), u.mT @ wanted).mT
         assert_close(edit.updates[spec.name][0].dense(), dense, rtol=1e-6, atol=1e-7)
+
+
+class Kept:
+    """A tensor that a graph holds for its gradient."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize(("name", "grows"), [("malmen", True), ("malmen by sums", False)])
+def test_what_malmen_holds_for_its_gradient_grows_with_the_requests_unless_it_keeps_sums(name: str, grows: bool) -> None:
+    model = model_of("llama")
+    method = learned(name, model)
+    batches = [requests(model, batch=2, rng=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    groups = [((2 * i, 2 * i + 1), functools.partial(method.parts, model, batch)) for i, batch in enumerate(batches)]
+
+    def kept(count: int) -> int:
+        alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+        def pack(tensor: Tensor) -> Kept:
+            alive.add(box := Kept(tensor))
+            return box
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+            edit = method.together(groups[:count], 2 * count)
+        assert edit.tensors()[1].requires_grad
+        gc.collect()
+        return sum(box.tensor.nbytes for box in alive)
+
+    assert (kept(4) > 1.5 * kept(2)) == grows
+    assert grows or kept(4) == kept(2)
 
 
 def test_malmen_gives_each_token_what_it_asks_for_where_nothing_is_damped() -> None:

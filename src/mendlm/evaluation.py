@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -136,10 +137,12 @@ class Evaluator:
 
     @torch.no_grad()
     def _edit_batch(self, texts: list[Encoded], together: int) -> Edit:
+        def parts(group: list[int]) -> Edit:
+            return self.method.parts(self.model, self.formatter.batch([texts[i] for i in group]))
+
         groups = by_length([len(text) for text in texts], limit=self.config.batch_size)
-        parts = [self.method.parts(self.model, self.formatter.batch([texts[i] for i in group])) for group in groups]
-        order = torch.tensor([i for group in groups for i in group], device=self.formatter.device)
-        return (self.method.combine(join(parts)[order.argsort()], together) * self.config.scale).require_finite()
+        made = self.method.together([(group, functools.partial(parts, group)) for group in groups], together)
+        return (made * self.config.scale).require_finite()
 
     def _edit_next(self, text: Encoded) -> Edit:
         """One edit on the model as it is now, which a normaliser that follows along takes in."""

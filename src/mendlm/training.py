@@ -15,6 +15,7 @@ Knows methods, tasks and text; prints nothing. accelerate brings processes and t
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import random
@@ -27,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mendlm.apply import Edit, join
+from mendlm.apply import Edit
 from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, require
 from mendlm.files import locked, refuse_existing
@@ -169,17 +170,17 @@ def outer_loss(
     Differentiable in the method's parameters. Each pass is differentiated as soon as it has run, down to the edit alone,
     so that one group of texts holds its activations at a time; the result carries these gradients on to the method.
     """
+
+    def parts(batch: Batch, tape: Any) -> Edit:
+        with trunk.replay(tape):
+            return method.parts(model, batch)
+
     passes: list[tuple[str, list[int], Batch, Any]] = []
-    parts, order = [], []
     for group in by_length([len(d.edit) for d in drawn]):
         batch = formatter.batch([drawn[i].edit for i in group])
-        tape = trunk.run(model, batch.inputs)
-        with trunk.replay(tape):
-            parts.append(method.parts(model, batch))
-        passes.append(("success", group, batch, tape))
-        order += group
-    place = torch.tensor(order, device=formatter.device).argsort()
-    made, change = method.combine(join(parts)[place], config.num_edits), method.changed_base()
+        passes.append(("success", group, batch, trunk.run(model, batch.inputs)))
+    groups = [(group, functools.partial(parts, batch, tape)) for _, group, batch, tape in passes]
+    made, change = method.together(groups, config.num_edits), method.changed_base()
     for name, texts in (("generality", [d.rephrasing for d in drawn]), ("locality", [d.unrelated for d in drawn])):
         watched = [(i, text) for i, text in enumerate(texts) if text is not None]
         for positions in by_length([len(text) for _, text in watched]):

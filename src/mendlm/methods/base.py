@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mendlm.apply import Edit, Intervention
+from mendlm.apply import Edit, Intervention, join
 from mendlm.errors import InputError, LayerError
 from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
@@ -48,6 +48,12 @@ class Method(ABC):
     def combine(self, parts: Edit, size: int) -> Edit:
         """One edit for each `size` consecutive parts, for requests that are edited at once: here their sum."""
         return parts.grouped(size)
+
+    def together(self, groups: Sequence[tuple[Sequence[int], Callable[[], Edit]]], size: int) -> Edit:
+        """One edit for each `size` consecutive requests. Each group names its requests, and makes their parts when called."""
+        parts = join([make() for _, make in groups])
+        order = torch.tensor([request for requests, _ in groups for request in requests], device=parts.tensors()[0].device)
+        return self.combine(parts[order.argsort()], size)
 
     def changed_base(self) -> Edit | None:
         """What the method has changed of the model itself. Its edits are made and used on top of that; most have none."""

@@ -11,12 +11,16 @@ least-squares fit can, with `U` (rows, d_in) and `D` (rows, d_out) of all reques
     dW = D^T U (U^T U + lambda I)^-1
 
 `lambda` is learned, one a layer. In rows: `delta = D`, `u = U (U^T U + lambda I)^-1`.
+
+For many requests at once only the sums `U^T U` and `U^T D` are kept, and the network's passes are run again for their
+gradient, batch by batch: so memory does not grow with the number of requests.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +43,8 @@ class MalmenConfig(NetworkConfig):
 
     initial_damping: float = 1.0
     """Where each layer's learned lambda starts."""
+    decoupled_from: int = 100
+    """From so many requests at once on, keep sums instead of rows, at the cost of recording each request twice in training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +56,7 @@ class Malmen(RowEditor):
     """A MALMEN editor. Its edits hold what each token asks for; `combine` merges them."""
 
     name = "malmen"
+    config: MalmenConfig
 
     def __init__(self, specs: Sequence[LayerSpec], config: MalmenConfig | None = None) -> None:
         config = config or MalmenConfig()
@@ -82,6 +89,51 @@ class Malmen(RowEditor):
                 fit, wanted = eye, fit.mT @ wanted
             updates[spec.name] = LowRank(fit, wanted)
         return replace(parts, updates=updates)
+
+    def together(self, groups: Sequence[tuple[Sequence[int], Callable[[], Edit]]], size: int) -> Edit:
+        """As `combine` of all parts; of many requests at once, the parts of one group at a time."""
+        if size < self.config.decoupled_from:
+            return super().together(groups, size)
+        edits = sum(len(requests) for requests, _ in groups) // size
+        sums: list[Any] = [0.0] * len(self.specs)
+        for requests, make in groups:
+            owner = torch.tensor(requests) // size
+            found = _Again.apply(  # type: ignore[no-untyped-call]
+                functools.partial(self._sums, make, owner, edits), *self.parameters()
+            )
+            sums = [a + b for a, b in zip(sums, found, strict=True)]
+        updates = {}
+        for spec, both, damping in zip(self.specs, sums, self.log_damping.exp(), strict=True):
+            gram, wanted = both.split([spec.d_in, spec.d_out], -1)
+            eye = torch.eye(spec.d_in, dtype=gram.dtype, device=gram.device)
+            delta = torch.linalg.solve(gram + damping.double() * eye, wanted).to(self.log_rates.dtype)
+            updates[spec.name] = LowRank(eye.to(delta.dtype).expand(edits, -1, -1), delta)
+        return Edit(updates, transposed(self.specs))
+
+    def _sums(self, make: Callable[[], Edit], owner: Tensor, edits: int) -> list[Tensor]:
+        """`U^T [U, D]` of each layer, (edits, d_in, d_in + d_out), over the parts that belong to each edit, in float64."""
+        parts, sums = make(), []
+        for spec in self.specs:
+            u, delta = parts.updates[spec.name].u.double(), parts.updates[spec.name].delta.double()
+            own = [(owner == edit).to(u.device) for edit in range(edits)]
+            both = torch.cat([u, delta], -1)
+            sums.append(torch.stack([u[mine].flatten(0, 1).mT @ both[mine].flatten(0, 1) for mine in own]))
+        return sums
+
+
+class _Again(torch.autograd.Function):
+    """Runs a function without a graph, and once more for its gradient in the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[], list[Tensor]], *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.function, ctx.parameters = function, parameters
+        return tuple(function())
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            outputs = ctx.function()
+        return None, *torch.autograd.grad(outputs, ctx.parameters, slopes, allow_unused=True)
 
 
 def damped(u: Float[Tensor, "*batch rows d_in"], damping: Float[Tensor, ""]) -> Float[Tensor, "*batch rows d_in"]:
