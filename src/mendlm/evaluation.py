@@ -382,7 +382,7 @@ def evaluate(
         "left_out": data.left_out,
         "unused": len(data.examples) - len(rows),
         **{name: value for name, value in asdict(config).items() if name != "timed_edits"},
-        **metrics.summarise(rows, seed=config.seed),
+        **metrics.summarise(rows, seed=config.seed, labels=evaluator.formatter.family == "classifier"),
         "drawdown_text": prose,
         "edit_ms": {"p50": metrics.percentile(times, 0.5), "p95": metrics.percentile(times, 0.95)},
         "peak_memory_mb": memory.peak_mb(evaluator.formatter.device),

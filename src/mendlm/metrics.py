@@ -80,8 +80,9 @@ def continues(generated: str, target: str) -> bool:
     return generated.startswith(target) and not (following.isalnum() and target[-1:].isalnum())
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, Any]:
-    """The metrics over all rows of an evaluation, with their 95 % bootstrap intervals."""
+def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, labels: bool = False) -> dict[str, Any]:
+    """The metrics over all rows of an evaluation, with their 95 % bootstrap intervals; `labels`, a classifier's answers, have
+    no perplexity."""
 
     def before_after(pairs: Sequence[Sequence[Sequence[bool]]]) -> dict[str, float | None]:
         """Per edit, the mean over its texts; then over edits that have any."""
@@ -130,7 +131,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0) -> dict[str, 
     answered = [p for row in rows for p in row["locality"] if p["answered"]]
     right = [mean([float(p["right"][side]) for p in answered]) for side in (0, 1)]
     summary["drawdown_acc"] = right[0] - right[1] if right[0] is not None and right[1] is not None else None
-    read = [row["prose"] for row in rows if "prose" in row] or answered
+    read = [] if labels else [row["prose"] for row in rows if "prose" in row] or answered
     ppl = [_perplexity(read, side) for side in (0, 1)]
     summary["perplexity"] = {"before": ppl[0], "after": ppl[1]}
     summary["drawdown_ppl"] = ppl[1] - ppl[0] if ppl[0] is not None and ppl[1] is not None else None
