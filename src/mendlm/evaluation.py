@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -252,20 +253,25 @@ class Evaluator:
         for i, row in enumerate(rows):
             row["norm"] = {name: values[i // k] for name, values in norms.items()}
         if self.config.generate:
-            asks = [("success", exact, list(range(len(rows)))), ("generality", rephrased, [i for i, _ in asked])]
-            if self.config.context:
-                company = [self.encode(e, f"{self.config.context} {e.prompt}") for e in examples]
-                asks.append(("context", [(i // k, text) for i, text in enumerate(company)], list(range(len(rows)))))
-            for name, texts, owners in asks:
-                for row in rows:
-                    row[f"{name}_generated"], row[f"{name}_contained"], row[f"{name}_text"] = [], [], []
-                before, after = self.generate(texts, None), self.generate(texts, edit)
-                for i, *found in zip(owners, before, after, strict=True):
-                    match = metrics.answers if examples[i].question else metrics.continues
-                    rows[i][f"{name}_generated"].append([match(text, examples[i].target) for text in found])
-                    rows[i][f"{name}_contained"].append([metrics.contains(text, examples[i].target) for text in found])
-                    rows[i][f"{name}_text"].append(found)
+            self._free(rows, examples, edit)
         return rows
+
+    def _free(self, rows: list[dict[str, Any]], examples: Sequence[EditExample], edit: Intervention) -> None:
+        """What is answered freely to the prompts, their rephrasings and, if so configured, behind a context."""
+        prompts = [("success", i, e.prompt) for i, e in enumerate(examples)]
+        prompts += [("generality", i, prompt) for i, e in enumerate(examples) for prompt in e.rephrasings]
+        names = ["success", "generality"]
+        if self.config.context:
+            names.append("context")
+            prompts += [("context", i, f"{self.config.context} {e.prompt}") for i, e in enumerate(examples)]
+        for row, name in itertools.product(rows, names):
+            row[f"{name}_generated"], row[f"{name}_contained"], row[f"{name}_text"] = [], [], []
+        texts = [(i // self.config.num_edits, self.encode(examples[i], prompt)) for _, i, prompt in prompts]
+        for (name, i, _), *found in zip(prompts, self.generate(texts, None), self.generate(texts, edit), strict=True):
+            match = metrics.answers if examples[i].question else metrics.continues
+            rows[i][f"{name}_generated"].append([match(text, examples[i].target) for text in found])
+            rows[i][f"{name}_contained"].append([metrics.contains(text, examples[i].target) for text in found])
+            rows[i][f"{name}_text"].append(found)
 
     def _rivals(
         self,
