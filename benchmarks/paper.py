@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ import torch
 
 import bench
 from mendlm.files import read_json, write_bytes, write_json
-from mendlm.report import draw, find, write
+from mendlm.report import draw, find, rows, write
 from mendlm.tasks.base import chance
 
 HERE = Path(__file__).parent
@@ -269,7 +268,11 @@ class Driver:
         images.mkdir(exist_ok=True)
         for picture, content in draw(cells):
             write_bytes(images / f"paper-{name}-{picture}.png", content)
-        shutil.copy(self.work / name / "report" / "table.md", target / "results" / f"paper-{name}.md")
+        head, *body = rows(cells)
+        shown = [place for place, column in enumerate(head) if column not in ("data", "edits")]
+        lines = [[line[place] for place in shown] for line in (head, ["---"] * len(head), *body)]
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        write_bytes(target / "results" / f"paper-{name}.md", table.encode())
 
 
 def main() -> None:
