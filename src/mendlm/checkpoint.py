@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mendlm.errors import FormatError, InputError
-from mendlm.files import read_json, read_tensors, refuse_existing, storing, write_bytes, write_json, write_tensors
+from mendlm.files import plain, read_json, read_tensors, refuse_existing, storing, write_bytes, write_json, write_tensors
 from mendlm.layers import LayerSpec
 from mendlm.methods import LEARNED, method_types
 from mendlm.methods.base import Learned
@@ -122,7 +122,7 @@ class Run:
         if not (self.folder / "checkpoint.safetensors").is_file():
             raise InputError(f"{self.folder} holds no checkpoint to resume; start a run in a new folder, without --resume")
         stored = self.description
-        for key, value in json.loads(json.dumps(wanted)).items():
+        for key, value in plain(wanted).items():
             if key == "training":
                 changed = {name: [stored[key].get(name), new] for name, new in value.items() if stored[key].get(name) != new}
                 if changed:

@@ -24,7 +24,7 @@ from mendlm import memory, metrics
 from mendlm.adapter import rank_of
 from mendlm.apply import Edit, Intervention, applied, join
 from mendlm.errors import InputError
-from mendlm.files import new_folder, write_bytes, write_json
+from mendlm.files import new_folder, plain, write_bytes, write_json
 from mendlm.layers import LayerSpec
 from mendlm.losses import all_by_row, mean_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned, Method
@@ -375,7 +375,7 @@ def evaluate(
         "model": base["name"],
         "model_sha256": base["sha256"],
         "dtype": base["dtype"],
-        "method_config": json.loads(json.dumps(asdict(cast("Any", settings)))) if is_dataclass(settings) else {},
+        "method_config": plain(asdict(cast("Any", settings))) if is_dataclass(settings) else {},
         "layers": [spec.name for spec in specs],
         **(about or {}),
         "method": method.name,

@@ -61,6 +61,11 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def plain(content: Any) -> Any:
+    """Content as it is after a journey through a JSON file: tuples are lists, keys are text."""
+    return json.loads(json.dumps(content))
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; a missing or malformed file is a `FormatError` that names it."""
     try:

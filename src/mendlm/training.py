@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import random
 import time
@@ -31,7 +30,7 @@ from torch import Tensor
 from mendlm.apply import Edit
 from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, require
-from mendlm.files import locked, refuse_existing
+from mendlm.files import locked, plain, refuse_existing
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned
 from mendlm.models import base_of
@@ -416,7 +415,7 @@ def train(
                 run.create({**made, **how, **described, **(about or {})})
             trainer.save()
         if config.tracker:
-            trainer.accelerator.init_trackers("mendlm", config=json.loads(json.dumps(asdict(config))))
+            trainer.accelerator.init_trackers("mendlm", config=plain(asdict(config)))
         for progress in trainer.steps():
             if callback is not None:
                 callback(progress)

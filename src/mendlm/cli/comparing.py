@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,7 +40,7 @@ def compare(
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
     from mendlm.checkpoint import parse_config
     from mendlm.evaluation import EvaluationConfig, evaluate
-    from mendlm.files import read_json
+    from mendlm.files import plain, read_json
     from mendlm.methods import LEARNED, method_types
     from mendlm.models import base_of
     from mendlm.tasks import load_edits, load_unrelated
@@ -84,7 +83,7 @@ def compare(
                 "editor": trained.get("sha256"),
             }
             if (folder / "summary.json").is_file():
-                if read_json(folder / "summary.json").get("cell") != _plain(cell):
+                if read_json(folder / "summary.json").get("cell") != plain(cell):
                     raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
                 common.note(f"{name}, {count} at once: done before")
                 continue
@@ -97,7 +96,7 @@ def compare(
                     requests,
                     replace(config, num_edits=count),
                     locality=unrelated,
-                    about={"command": common.command_line(sys.argv), "cell": _plain(cell)},
+                    about={"command": common.command_line(sys.argv), "cell": plain(cell)},
                     callback=show,
                 )
             results.save(folder)
@@ -119,11 +118,6 @@ def _publish(folders: list[Path], out: Path, json_output: bool) -> None:
     cells = find(folders)
     written = write(cells, out)
     common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, table(cells).rstrip())
-
-
-def _plain(value: Any) -> Any:
-    """As it is after a journey through a JSON file."""
-    return json.loads(json.dumps(value))
 
 
 def _names(methods: str) -> list[str]:
