@@ -8,6 +8,7 @@ goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all 
 docs/images/. `--share 0.05` shortens every training to that share of its steps, in a folder of its own, to see whether it all
 runs; nothing is published then, nor with --limit.
 
+Drivers of parts without a base or editors in common may share a folder.
 FEVER's claims and Natural Questions are divided once: bases and editors see the larger part, and scores come from the other.
 """
 
@@ -27,7 +28,7 @@ import torch
 
 import bench
 from mendlm.files import read_json, write_bytes, write_json
-from mendlm.report import draw, find, rows, write
+from mendlm.report import draw, find, table, write
 from mendlm.tasks.base import chance
 
 HERE = Path(__file__).parent
@@ -180,7 +181,8 @@ class Driver:
         return "starter" if name == "starter" else str(folder)
 
     def divide(self) -> None:
-        """FEVER's claims and Natural Questions in a training and a held-out part, by a hash of each."""
+        """Drivers of parts without a base or editors in common may share a folder.
+        FEVER's claims and Natural Questions in a training and a held-out part, by a hash of each."""
         for name, file, text in (("fever", "fever-claims-dev.jsonl", "claim"), ("nq", "nq-open-dev.jsonl", "question")):
             parts: dict[str, list[str]] = {"train": [], "dev": []}
             for line in (self.data / file).read_text(encoding="utf-8").splitlines():
@@ -268,11 +270,7 @@ class Driver:
         images.mkdir(exist_ok=True)
         for picture, content in draw(cells):
             write_bytes(images / f"paper-{name}-{picture}.png", content)
-        head, *body = rows(cells)
-        shown = [place for place, column in enumerate(head) if column not in ("data", "edits")]
-        lines = [[line[place] for place in shown] for line in (head, ["---"] * len(head), *body)]
-        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        write_bytes(target / "results" / f"paper-{name}.md", table.encode())
+        write_bytes(target / "results" / f"paper-{name}.md", table(cells, without=("data",)).encode())
 
 
 def main() -> None:

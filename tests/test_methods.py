@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import gc
+import itertools
 import random
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.testing import assert_close
 
 import oracles
 from cases import byte_tokenizer, requests, tiny
+from mendlm import training
 from mendlm.apply import applied, stacked
 from mendlm.editor import Editor
 from mendlm.errors import InputError
@@ -59,10 +59,10 @@ def model_of(name: str) -> Any:
 
 
 def draws(form: Formatter, config: TrainConfig, count: int = 4) -> list[Drawn]:
-    rng, names = random.Random(5), ("Ada", "Bo Lind", "the city of Ulm", "Cy")
+    rng, names = random.Random(5), itertools.cycle(("Ada", "Bo Lind", "the city of Ulm", "Cy"))
     examples = [
-        EditExample(prompt=f"The home of {names[i]} is", target="a boat" * (i % 2 + 1), rephrasings=(f"{names[i]} lives in",))
-        for i in range(count)
+        EditExample(prompt=f"The home of {name} is", target="a boat" * (i % 2 + 1), rephrasings=(f"{name} lives in",))
+        for i, name in zip(range(count), names, strict=False)
     ]
     return [
         draw(example, [Probe("The river runs", "to the sea"), Probe("Why?", "So")], form, config, rng) for example in examples
@@ -167,27 +167,47 @@ class Kept:
 
 
 @pytest.mark.parametrize(("name", "grows"), [("malmen", True), ("malmen by sums", False)])
-def test_what_malmen_holds_for_its_gradient_grows_with_the_requests_unless_it_keeps_sums(name: str, grows: bool) -> None:
+def test_what_a_step_holds_for_its_gradient_grows_with_the_requests_unless_malmen_keeps_sums(
+    name: str, grows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "RECORDED", 4)
+    model, held, most = model_of("llama"), 0, 0
+    form, method = Formatter.of(model, byte_tokenizer()), learned(name, model)
+
+    class Kept:
+        """A tensor that a graph holds."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal held, most
+            self.tensor = tensor
+            held += tensor.nbytes
+            most = max(most, held)
+
+        def __del__(self) -> None:
+            nonlocal held
+            held -= self.tensor.nbytes
+
+    def peak(count: int) -> int:
+        nonlocal most
+        config = TrainConfig(batch_size=count, num_edits=count)
+        drawn = draws(form, config, count)
+        gc.collect()
+        most = held
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda box: box.tensor):
+            loss, _ = outer_loss(method, model, form, Trunk.below(model, method.specs), drawn, config)
+            loss.backward()
+        return most
+
+    few, many = peak(16), peak(64)
+    assert (many > 2 * few) == grows, (few, many)
+
+
+@pytest.mark.parametrize("name", ["malmen", "malmen by sums"])
+def test_malmen_refuses_requests_that_make_no_whole_group(name: str) -> None:
     model = model_of("llama")
     method = learned(name, model)
-    batches = [requests(model, batch=2, rng=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    groups = [((2 * i, 2 * i + 1), functools.partial(method.parts, model, batch)) for i, batch in enumerate(batches)]
-
-    def kept(count: int) -> int:
-        alive: weakref.WeakSet[Kept] = weakref.WeakSet()
-
-        def pack(tensor: Tensor) -> Kept:
-            alive.add(box := Kept(tensor))
-            return box
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
-            edit = method.together(groups[:count], 2 * count)
-        assert edit.tensors()[1].requires_grad
-        gc.collect()
-        return sum(box.tensor.nbytes for box in alive)
-
-    assert (kept(4) > 1.5 * kept(2)) == grows
-    assert grows or kept(4) == kept(2)
+    with pytest.raises(InputError, match="groups of 2"):
+        method.together([((0, 1, 2), lambda: method.parts(model, requests(model, batch=3)))], 2)
 
 
 def test_malmen_gives_each_token_what_it_asks_for_where_nothing_is_damped() -> None:

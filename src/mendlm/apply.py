@@ -56,11 +56,17 @@ class Edit:
         return replace(self, updates={name: function(update) for name, update in self.updates.items()})
 
     def __add__(self, other: Edit) -> Edit:
-        """Both edits together: rows of both, layer by layer. The provenance of the sum is empty."""
+        """Both edits together: rows of both, layer by layer. Of their provenance the sum keeps only `CHANGED_BASE`.
+
+        Raises `InputError` if both hold their method's change of the base.
+        """
+        changed = [edit for edit in (self, other) if edit.about.get(CHANGED_BASE)]
+        if len(changed) > 1:
+            raise InputError("both edits hold their method's change of the base, which must not be made twice; use one of them")
         names = [*self.updates, *(name for name in other.updates if name not in self.updates)]
         parts = {name: [e.updates[name] for e in (self, other) if name in e.updates] for name in names}
         updates = {name: sum(both[1:], start=both[0]) for name, both in parts.items()}
-        return Edit(updates, self.transposed | other.transposed)
+        return Edit(updates, self.transposed | other.transposed, {CHANGED_BASE: True} if changed else {})
 
     def __mul__(self, factor: float) -> Edit:
         """The edit at another strength."""
@@ -157,11 +163,7 @@ class Edit:
 
 
 def stacked(edits: Sequence[Edit]) -> Edit:
-    """Single edits as one, in their order: the rows of all. Raises `InputError` where that would change the base twice."""
-    if sum(bool(edit.about.get(CHANGED_BASE)) for edit in edits) > 1:
-        raise InputError(
-            "more than one of these edits holds its method's change of the base, which must not be made twice; use one of them"
-        )
+    """Single edits as one, in their order: the rows of all."""
     return sum(edits[1:], start=edits[0])
 
 

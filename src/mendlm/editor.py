@@ -23,7 +23,8 @@ from mendlm.text import Formatter, TargetEnd, by_length, target_ends
 class Editor:
     """Turns requests into edits of one model.
 
-    Where the method has changed the base (ENN), an edit carries that change too, so that it works on the model as it was.
+    Where the method has changed the base (ENN), an edit carries that change too, so that it works on the model as it was; it is
+    to be made on that model, not under another such edit.
     """
 
     def __init__(self, method: Method, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:

@@ -22,7 +22,7 @@ def export_peft(edits: Sequence[Edit], folder: str | Path, *, force: bool = Fals
         raise InputError("the edits were made for different base models; export those of one base together")
     parts = [{key: edit.about[key] for key in ("id", "request") if key in edit.about} for edit in edits]
     whole = stacked(edits)
-    about = {"base": edits[0].about.get("base"), "parts": parts}
+    about = {**whole.about, "base": edits[0].about.get("base"), "parts": parts}
     whole = Edit(whole.updates, whole.transposed, about)
     whole.save(folder, force=force)
     return whole

@@ -85,10 +85,11 @@ def value(metric: dict[str, Any] | None) -> str:
     return f"{metric['after']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})"
 
 
-def table(cells: Sequence[dict[str, Any]]) -> str:
-    """All cells as a Markdown table, with 95 % intervals."""
+def table(cells: Sequence[dict[str, Any]], *, without: Sequence[str] = ()) -> str:
+    """All cells as a Markdown table, with 95 % intervals; `without` some of its columns."""
     head, *body = rows(cells)
-    lines = [head, ["---"] * len(head), *body]
+    shown = [place for place, column in enumerate(head) if column not in without]
+    lines = [[line[place] for place in shown] for line in (head, ["---"] * len(head), *body)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -64,7 +64,7 @@ class Session:
         name = fingerprint(edit.updates)
         if name in self._stack:
             raise InputError(f"the edit {name} is already active")
-        stacked([*self._stack.values(), edit])
+        stacked([*self._stack.values(), edit])  # raises if that would change the base twice
         self._stack[name] = edit
         return name
 

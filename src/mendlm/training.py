@@ -39,6 +39,9 @@ from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
 from mendlm.trunk_cache import TrunkCache
 
+RECORDED = 32
+"""Texts a pass at most, where more requests than that are edited at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -174,15 +177,17 @@ def outer_loss(
         with trunk.replay(tape):
             return method.parts(model, batch)
 
+    # Where many requests are edited at once, memory is to hold few texts at a time.
+    limit = RECORDED if config.num_edits > RECORDED else None
     passes: list[tuple[str, list[int], Batch, Any]] = []
-    for group in by_length([len(d.edit) for d in drawn]):
+    for group in by_length([len(d.edit) for d in drawn], limit=limit):
         batch = formatter.batch([drawn[i].edit for i in group])
         passes.append(("success", group, batch, trunk.run(model, batch.inputs)))
     groups = [(group, functools.partial(parts, batch, tape)) for _, group, batch, tape in passes]
     made, change = method.together(groups, config.num_edits), method.changed_base()
     for name, texts in (("generality", [d.rephrasing for d in drawn]), ("locality", [d.unrelated for d in drawn])):
         watched = [(i, text) for i, text in enumerate(texts) if text is not None]
-        for positions in by_length([len(text) for _, text in watched]):
+        for positions in by_length([len(text) for _, text in watched], limit=limit):
             batch = formatter.batch([watched[p][1] for p in positions])
             passes.append((name, [watched[p][0] for p in positions], batch, trunk.run(model, batch.inputs)))
 

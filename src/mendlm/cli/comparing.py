@@ -83,7 +83,9 @@ def compare(
                 "editor": trained.get("sha256"),
             }
             if (folder / "summary.json").is_file():
-                if read_json(folder / "summary.json").get("cell") != plain(cell):
+                found = read_json(folder / "summary.json").get("cell") or {}
+                defaults = plain(asdict(type(chosen.config)()))  # of settings that are younger than the cell
+                if {**found, "method": {**defaults, **found.get("method", {})}} != plain(cell):
                     raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
                 common.note(f"{name}, {count} at once: done before")
                 continue

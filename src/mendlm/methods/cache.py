@@ -26,8 +26,10 @@ from mendlm.layers import LayerSpec
 from mendlm.methods.base import Method
 from mendlm.text import NO_LABEL, Batch, scored_logits
 
-CERTAIN = 100.0
-"""The logit of an answer from the cache; all others are 0."""
+CERTAIN = 1e4
+"""The logit of an answer from the cache, all others being 0: certain even where a model scales its logits down."""
+TOGETHER = 32
+"""Texts a pass, at most, when states are looked up."""
 DIGIT, DIGITS = 128, 3
 """Token ids travel in digits that every floating-point type holds exactly, for up to two million tokens."""
 
@@ -56,23 +58,34 @@ class Cache(Method):
 
     @torch.no_grad()
     def edit(self, model: Any, batch: Batch) -> Memory:
-        """One memory for each example of the batch."""
+        """One memory for each example of the batch. Raises `InputError` where the states are not finite."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for start in range(0, batch.size, TOGETHER):
+            part = batch.part(start, min(start + TOGETHER, batch.size))
+            kept = part.label != NO_LABEL
+            state, label = self._states(model, part)[kept], part.label[kept]
+            if not bool(state.isfinite().all()):
+                raise InputError("the model's states are not finite; make a cache's edits outside of another's, in float32")
+            counts = torch.bincount(part.row[kept], minlength=part.size).tolist()
+            keys += torch.split(state, counts)
+            values += torch.split(label, counts)
+        pad = nn.utils.rnn.pad_sequence
+        return Memory(pad(keys, batch_first=True), pad(values, batch_first=True, padding_value=-1), self.config.radius)
+
+    def _states(self, model: Any, batch: Batch) -> Float[Tensor, "scored d"]:
+        """The state behind each scored position."""
         head = model.get_output_embeddings()
         states: list[Tensor] = []
         if head is not None:
             handle = head.register_forward_hook(lambda module, args, output: states.append(args[0]))
         else:
-            handle = _on_means(model, states.append)
+            handle = _on_means(model, lambda means: states.append(means[batch.row]))
         try:
             scored_logits(model, batch)
         finally:
             handle.remove()
-        kept = batch.label != NO_LABEL
-        state = (states[-1] if head is not None else states[-1][batch.row])[kept]
-        counts = torch.bincount(batch.row[kept], minlength=batch.size).tolist()
-        keys = nn.utils.rnn.pad_sequence(list(torch.split(state, counts)), batch_first=True)
-        values = nn.utils.rnn.pad_sequence(list(torch.split(batch.label[kept], counts)), batch_first=True, padding_value=-1)
-        return Memory(keys, values, self.config.radius)
+        return states[-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +107,8 @@ class Memory:
         With beams, each row of the routing serves a run of rows.
         """
         routing = torch.arange(len(self.keys), device=states.device) if routing is None else routing
+        if routing.dim() != 1 or routing.dtype == torch.bool:
+            raise InputError("a cache is routed by one edit index a row, -1 for none, not by a matrix")
         if len(states) % len(routing):
             raise InputError(f"{len(states)} rows of input do not divide among {len(routing)} rows of routing")
         routing = routing.repeat_interleave(len(states) // len(routing))
@@ -134,8 +149,8 @@ def _on_means(model: Any, look: Callable[[Tensor], object]) -> Any:
     """Call `look` with the mean of a classifier's last states over each text, (rows, d), in every pass."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        weight = kwargs["attention_mask"].unsqueeze(-1).to(output[0].dtype)
-        look((output[0] * weight).sum(1) / weight.sum(1))
+        weight = kwargs["attention_mask"].unsqueeze(-1).float()
+        look((output[0].float() * weight).sum(1) / weight.sum(1))
 
     return model.base_model.register_forward_hook(hook, with_kwargs=True)
 
@@ -145,7 +160,7 @@ def _marked(states: Tensor, answers: Tensor) -> Tensor:
     digits = torch.stack([answers // DIGIT**place % DIGIT for place in range(DIGITS)], -1).to(states.dtype)
     infinity = torch.full_like(states[..., :1], float("inf"))
     carried = torch.cat([infinity, digits, states[..., 1 + DIGITS :]], -1)
-    return carried.where((answers >= 0).unsqueeze(-1), states)
+    return carried.where((answers >= 0).unsqueeze(-1), states.masked_fill(states == float("inf"), float("nan")))
 
 
 def _marks(states: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ least-squares fit can, with `U` (rows, d_in) and `D` (rows, d_out) of all reques
 `lambda` is learned, one a layer. In rows: `delta = D`, `u = U (U^T U + lambda I)^-1`.
 
 For many requests at once only the sums `U^T U` and `U^T D` are kept, and the network's passes are run again for their
-gradient, batch by batch: so memory does not grow with the number of requests.
+gradient, batch by batch: memory then grows with the number of requests only by what the trunk gave for them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Malmen(RowEditor):
         """As `combine` of all parts; of many requests at once, the parts of one group at a time."""
         if size < self.config.decoupled_from:
             return super().together(groups, size)
-        edits = sum(len(requests) for requests, _ in groups) // size
+        edits, rest = divmod(sum(len(requests) for requests, _ in groups), size)
+        if rest:
+            raise InputError(f"{edits * size + rest} requests do not divide into groups of {size}")
         sums: list[Any] = [0.0] * len(self.specs)
         for requests, make in groups:
             owner = torch.tensor(requests) // size
