@@ -181,8 +181,7 @@ class Driver:
         return "starter" if name == "starter" else str(folder)
 
     def divide(self) -> None:
-        """Drivers of parts without a base or editors in common may share a folder.
-        FEVER's claims and Natural Questions in a training and a held-out part, by a hash of each."""
+        """FEVER's claims and Natural Questions in a training and a held-out part, by a hash of each."""
         for name, file, text in (("fever", "fever-claims-dev.jsonl", "claim"), ("nq", "nq-open-dev.jsonl", "question")):
             parts: dict[str, list[str]] = {"train": [], "dev": []}
             for line in (self.data / file).read_text(encoding="utf-8").splitlines():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import oracles
 from cases import byte_tokenizer, tiny
 from mendlm.errors import InputError
 from mendlm.evaluation import EvaluationConfig, evaluate
@@ -25,18 +26,13 @@ def state_and_logits(model: Any, form: Formatter, text: Encoded) -> tuple[torch.
     """What the head reads and says at the target's places, of one text alone."""
     read = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    count = len(text.target)
+    inputs, places = oracles.one_text(model, form, text)
     try:
         with torch.no_grad():
-            if model.config.is_encoder_decoder:
-                decoder, first = torch.tensor([[*form.start, *text.target[:-1]]]), len(form.start) - 1
-                logits = model(input_ids=torch.tensor([text.prompt]), decoder_input_ids=decoder).logits
-            else:
-                first = len(text.prompt) - 1
-                logits = model(input_ids=torch.tensor([[*text.prompt, *text.target[:-1]]])).logits
+            logits = model(**inputs).logits
     finally:
         handle.remove()
-    return read[0][0, first : first + count], logits[0, first : first + count]
+    return read[0][0, places], logits[0, places]
 
 
 def expected(model: Any, form: Formatter, known: Encoded, asked: Encoded, radius: float) -> tuple[torch.Tensor, list[int]]:

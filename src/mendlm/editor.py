@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mendlm.apply import CHANGED_BASE, Edit
+from mendlm.apply import Edit
 from mendlm.checkpoint import editor_path, load_editor
 from mendlm.errors import FormatError
 from mendlm.files import sha256
@@ -77,18 +77,16 @@ class Editor:
             for place, index in enumerate(group):
                 own = batch[place].trimmed().require_finite()
                 whole = own if change is None else change.detach() + own
-                edits[index] = replace(whole, about=self._about(examples[index], scale, chat))
+                edits[index] = replace(whole, about={**self._about(examples[index], scale, chat), **whole.about})
         return [edit for edit in edits if edit is not None]
 
     def _about(self, example: EditExample, scale: float, chat: bool) -> dict[str, Any]:
-        changed = self.method.changed_base() is not None
         return {
             "request": {"prompt": example.prompt, "target": example.target, "chat": chat, "scale": scale},
             "base": self.base,
             "method": self.method.name,
             "editor": {key: self.about[key] for key in ("source", "step", "sha256") if key in self.about},
             "stack": [],
-            **({CHANGED_BASE: True} if changed else {}),
         }
 
 

@@ -141,18 +141,17 @@ class FineTune(Method):
                 logits = scored_logits(model, batch)
                 nll = token_nll(logits, batch.label, batch.row, batch.size)
             done |= self._done(logits, nll.detach(), batch)
-            count = int(done.sum())
-            if count == batch.size:
+            if bool(done.all()):
                 break
             loss = self.config.edit_weight * nll.sum()
             if self.config.kl_weight:
                 loss = loss + self.config.kl_weight * self._kl(model, trunk, edit, batch.size)
-            held = [change.detach()[done] for change in changes if count]
+            held = [change.detach()[done] for change in changes]
             for change, slope in zip(changes, torch.autograd.grad(loss, changes), strict=True):
                 change.grad = slope
             optimizer.step()
             with torch.no_grad():
-                for change, kept in zip(changes, held, strict=False):
+                for change, kept in zip(changes, held, strict=True):
                     change[done] = kept
         return edit.detach()
 
