@@ -55,6 +55,7 @@ class Part:
     """Requests edited at once; trained at each."""
     steps: int = 200
     batch: int = 32
+    """Requests a step; of more at once than that, one group."""
     limit: int = 200
     settings: tuple[str, ...] = ()
     """Settings of every training."""
@@ -76,7 +77,7 @@ ZSRE, FEVER, FEVER_DEV = ("zsre:{data}/zsre-train.json",), ("fever:{work}/fever-
 BOTH = ("counterfact:{data}/counterfact-train.json", *ZSRE * 3)
 WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
 MIDDLE = tuple(f"model.layers.{block}.mlp.*" for block in (22, 23, 24))
-ATTENTION = 'editor.layers=["*.[345].attention.self.query", "*.[345].attention.self.value"]'
+ATTENTION = 'editor.layers=["*.layers.[23].self_attn.q_proj", "*.layers.[23].self_attn.v_proj"]'
 PARTS: dict[str, Part] = {
     "gpt-counterfact": Part(
         "starter",
@@ -114,17 +115,19 @@ PARTS: dict[str, Part] = {
         learned=("mend", "enn", "malmen"),
         untrained=(),
         counts=(1, 5, 25, 75, 125),
-        steps=100,
-        batch=125,
+        steps=70,
+        batch=50,
         settings=WEIGHTS,
     ),
     "ablations": Part(
-        "bert-fever",
-        FEVER,
-        FEVER_DEV,
-        watched=(FEVER_DEV,),
+        "bart-small",
+        ZSRE,
+        "zsre:{data}/zsre-dev.json",
+        (NQ,),
+        (NQ_DEV,),
         learned=("mend",),
         untrained=(),
+        steps=100,
         settings=WEIGHTS,
         variants={
             "": (),
@@ -210,7 +213,7 @@ class Driver:
                 for count in part.counts:
                     run = self.work / name / "runs" / f"{method}@{count}{variant and '-' + variant.replace(' ', '-')}"
                     steps = max(2, int(part.steps * self.share))
-                    batch = part.batch // count * count
+                    batch = max(1, part.batch // count) * count
                     layers = (f"editor.layers={json.dumps(part.layers)}",) if part.layers else ()
                     given = (*part.settings, *layers, f"batch_size={batch}", f"num_edits={count}", *EDITOR[method], *more)
                     options = [word for setting in given for word in ("--set", setting)]

@@ -77,8 +77,10 @@ def test_generation_with_a_cache_follows_each_rows_edit(case, beams):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("few", [0, 4])
 @pytest.mark.parametrize("case", ["gpt2", "opt", "t5"])
-def test_routing_by_index_and_by_matrix(case, beams):
+def test_routing_by_index_and_by_matrix(case, few, beams, monkeypatch):
+    monkeypatch.setattr("mendlm.apply.FEW", few)
     model, specs, edits = setting(case, 2)
     inputs = cases.inputs(model, batch=4)
     several = {"neither": [], "first": [0], "second": [1], "both": [0, 1]}

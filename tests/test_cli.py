@@ -229,6 +229,78 @@ def test_compare_refuses(run: Command, tmp_path: Path, more: tuple[str, ...], me
     assert not (tmp_path / "c").exists()
 
 
+SWEEP = ("--model", "model", "--data", "records:facts.jsonl", "--set", "batch_size=3", "--set", "normalizer_examples=3",
+         "--set", "editor.rank=2")  # fmt: skip
+
+
+def test_compare_in_turn_scores_all_requests_under_the_edits_made_one_after_another(run: Command, tmp_path: Path) -> None:
+    how = ("--methods", "ft", "--num-edits", "1,3", "--set", "generate=false", "--set", "ft.steps=2")
+    found = {}
+    for name, more in (("at once", ()), ("in turn", ("--sequential",))):
+        run(*COMPARE, *how, *more, "--out", tmp_path / name)
+        found[name] = json.loads((tmp_path / name / "table.json").read_text())
+    assert [(cell["num_edits"], cell["sequential"]) for cell in found["in turn"]] == [(1, False), (3, True)]
+    same = ("success", "weight_change", "locality")
+    assert [found["in turn"][0][key] for key in same] == [found["at once"][0][key] for key in same]
+    alone = run("eval", "--method", "ft", "--model", "model", "--data", "records:facts.jsonl", "--locality", "text:text.txt",
+                "--sequential", "--set", "generate=false", "--set", "steps=2", "--out", tmp_path / "e")  # fmt: skip
+    assert [found["in turn"][1][key] for key in same] == [alone[key] for key in same]
+    assert alone["weight_change"] != found["at once"][1]["weight_change"]
+
+
+def test_sweep_trains_each_value_as_train_does_and_goes_on_where_it_stopped(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, common = tmp_path / "s", (*SWEEP, "--steps", 3)
+    made = run("sweep", "clip", "1e-4", "1.0", *common, "--out", out)
+    assert [Path(path).name for path in made["files"]] == ["sweep.md", "sweep.json", "sweep.png"]
+    found = json.loads((out / "sweep.json").read_text())
+    run("train", *common, "--set", "clip=1e-4", "--out", tmp_path / "alone")
+    alone = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
+    mine = [json.loads(line) for line in (out / "runs" / "1e-4" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in mine] == [row["loss"] for row in alone]
+    assert found["values"]["1e-4"]["edit_loss"] == alone[-1]["edit_loss"] != found["values"]["1.0"]["edit_loss"]
+    assert found["values"]["1e-4"]["count"] == 3
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mendlm.training.train", refuse)
+        (out / "sweep.json").unlink()
+        run("sweep", "clip", "1e-4", "1.0", *common, "--out", out)
+        assert json.loads((out / "sweep.json").read_text()) == found
+    assert "other settings" in run("sweep", "clip", "1e-4", *common, "--set", "seed=1", "--out", out, fails=True)
+
+
+def test_sweep_over_depth_scores_requests_that_were_held_out(run: Command, tmp_path: Path) -> None:
+    how = (*SWEEP, "--steps", 1, "--valid", "records:facts.jsonl", "--out", tmp_path / "s")
+    run("sweep", "blocks", "0-1", "3", *how)
+    found = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert found["valid"] == "records:facts.jsonl"
+    for point, blocks in (("0-1", (0, 1)), ("3", (3,))):
+        description = json.loads((tmp_path / "s" / "runs" / point / "run.json").read_text())
+        names = [layer["name"] for layer in description["layers"]]
+        assert names == [f"model.layers.{b}.mlp.{m}_proj" for b in blocks for m in ("gate", "up", "down")]
+        (row,) = (tmp_path / "s" / "runs" / point / "metrics.jsonl").read_text().splitlines()
+        assert found["values"][point]["success"] == json.loads(row)["valid_success"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (("blocks", "2-9"), "has blocks 0 to 3"),
+        (("blocks", "3-1"), "its first and last"),
+        (("depth", "3"), "unknown setting 'depth'"),
+        (("editor.rank", "0"), "rank must be at least 1"),
+        (("clip", "1", "--method", "ft"), "cannot be trained"),
+    ],
+)
+def test_sweep_refuses(run: Command, tmp_path: Path, what: tuple[str, ...], message: str) -> None:
+    assert message in run("sweep", *what, *SWEEP, "--out", tmp_path / "s", fails=True)
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_normaliser_may_follow_along_while_editing(run: Command, tmp_path: Path) -> None:
     found = [
         run(

@@ -26,6 +26,8 @@ from mendlm.models import identity
 
 CHANGED_BASE = "changed_base"
 """What an edit's `about` says if its rows hold its method's change of the base, too."""
+FEW = 4
+"""Up to so many edits, each row of a batch meets the rows of all and keeps its own: cheaper than a copy of them for each."""
 
 
 class Intervention(Protocol):
@@ -179,6 +181,8 @@ def _route(update: LowRank, routing: Tensor | None) -> Callable[[Tensor], Tensor
         if routing is not None:
             raise InputError("routing needs a batch of edits; this edit is a single one")
         return update.apply
+    if routing is not None and routing.dim() == 1 and update.batch[0] <= FEW:
+        routing = routing.unsqueeze(1) == torch.arange(update.batch[0], device=routing.device)
     if routing is None or routing.dim() == 1:
         if routing is not None:
             under = routing >= 0

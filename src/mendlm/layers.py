@@ -149,10 +149,11 @@ MLP_MATRICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def default_layers(model: nn.Module) -> list[LayerSpec]:
+def default_layers(model: nn.Module, blocks: range | None = None) -> list[LayerSpec]:
     """The paper's choice: the MLP matrices of the last 3 blocks, or of the last 2 of encoder and of decoder.
 
-    Raises `LayerError` for a model type that the table does not name: choose layers by pattern there.
+    `blocks` are others, of each stack. Raises `LayerError` for blocks that a stack lacks, and for a model type that the
+    table does not name: choose layers by pattern there.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", "?")
@@ -163,11 +164,17 @@ def default_layers(model: nn.Module) -> list[LayerSpec]:
             f"{_about_experts(model)}"
         )
     stacks = block_stacks(model)
+    if blocks is not None:
+        for stack, held in stacks.items():
+            if not blocks or blocks[-1] >= len(held):
+                asked = f"{blocks.start} to {blocks.stop - 1}"
+                raise LayerError(f"no blocks {asked} in '{stack}': it has blocks 0 to {len(held) - 1}")
     depth = 2 if config.is_encoder_decoder else 3
     chosen = []
     for name, spec in editable(model).items():
         stack, index = block_of(name, list(stacks))
         inside = re.sub(r"^\d+\.", "", name[len(stack) + 1 :])
-        if index >= len(stacks[stack]) - depth and any(fnmatch.fnmatchcase(inside, p) for p in MLP_MATRICES[model_type]):
+        wanted = index in blocks if blocks is not None else index >= len(stacks[stack]) - depth
+        if wanted and any(fnmatch.fnmatchcase(inside, p) for p in MLP_MATRICES[model_type]):
             chosen.append(spec)
     return chosen

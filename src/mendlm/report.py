@@ -114,16 +114,23 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
                     axis.errorbar(value, cell["success"]["after"], bars, marker=marker, ls="", capsize=3, label=_name(cell))
                 axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
                 axis.set(title=data, xlabel=label, ylabel="success", ylim=(-0.03, 1.05))
+                if max(value for _, value in points) > 10:  # one method far off would hide the others
+                    axis.set_xscale("symlog")
                 yield f"success-over-{name}-{number}", _png(figure)
         if len({cell["num_edits"] for cell in mine}) > 1:
-            figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharex=True)
-            for axis, key in zip(axes, ("success", "generality", "locality"), strict=True):
-                for method, line in _by(mine, "method").items():
+            figure, axes = plt.subplots(1, 4, figsize=(15, 4), sharex=True)
+            for method, line in _by(mine, "method").items():
+                for axis, key in zip(axes, ("success", "generality", "locality"), strict=False):
                     shown = [cell for cell in line if cell[key]["after"] is not None]
                     counts, values = [c["num_edits"] for c in shown], [c[key]["after"] for c in shown]
                     bars = [[_bars(c[key])[side][0] for c in shown] for side in (0, 1)]
                     axis.errorbar(counts, values, yerr=bars, marker="o", capsize=3, label=method)
-                axis.set(title=key, xlabel="edits at once", xscale="log", ylim=(-0.03, 1.05))
+                    axis.set(title=key, ylim=(-0.03, 1.05))
+                lost = [(c["num_edits"], c["drawdown_acc"]) for c in line if c["drawdown_acc"] is not None]
+                axes[3].plot([n for n, _ in lost], [value for _, value in lost], marker="o")
+            axes[3].set(title="drawdown: accuracy lost")
+            for axis in axes:
+                axis.set(xlabel=f"edits {'in turn' if mine[0]['sequential'] else 'at once'}", xscale="log")
             axes[0].legend()
             figure.suptitle(data)
             yield f"over-edits-{number}", _png(figure)
@@ -134,6 +141,50 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
         axes[1].barh(range(len(mine)), [cell["peak_memory_mb"] for cell in mine])
         axes[1].set(title="peak memory while scoring", xlabel="MiB")
         yield f"cost-{number}", _png(figure)
+
+
+def write_sweep(result: dict[str, Any], out: Path) -> list[Path]:
+    """Write a sweep's table, numbers and picture into a folder; returns what was written."""
+    head = [result["sweep"], "success", "generality", "locality", "ms a training edit"]
+    lines = [head, ["---"] * len(head)]
+    for point, scores in result["values"].items():
+        lines.append([point, *(f"{scores[name]:.3f}" for name in head[1:4]), f"{1000 * scores['seconds_per_edit']:.0f}"])
+    written = {
+        "sweep.md": "".join(f"| {' | '.join(line)} |\n" for line in lines).encode(),
+        "sweep.json": (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode(),
+        "sweep.png": draw_sweep(result),
+    }
+    for name, content in written.items():
+        write_bytes(out / name, content)
+    return [out / name for name in written]
+
+
+def draw_sweep(result: dict[str, Any]) -> bytes:
+    """A sweep as a PNG: scores and cost of each value, and what each trades of success for locality."""
+    matplotlib = require("matplotlib", "report")
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    points, values = list(result["values"]), list(result["values"].values())
+    figure, (scores, trade) = plt.subplots(1, 2, figsize=(12, 4.2))
+    for name in ("success", "generality", "locality"):
+        bars = [1.96 * (value[name] * (1 - value[name]) / value["count"]) ** 0.5 for value in values]
+        scores.errorbar(points, [value[name] for value in values], bars, marker="o", capsize=3, label=name)
+    cost = scores.twinx()
+    cost.bar(points, [1000 * value["seconds_per_edit"] for value in values], alpha=0.2, color="gray")
+    cost.set_ylabel("ms a training edit (bars)")
+    scores.set(
+        xlabel=result["sweep"], ylim=(0, 1), title=f"after {result['steps']} steps, {values[0]['count']} requests scored"
+    )
+    scores.legend(loc="lower right")
+    for name in ("success", "generality"):
+        trade.plot([value["locality"] for value in values], [value[name] for value in values], marker="o", label=name)
+    for point, value in zip(points, values, strict=True):
+        where = value["locality"], value["generality"]
+        trade.annotate(point, where, textcoords="offset points", xytext=(5, -11))
+    trade.set(xlabel="locality", ylim=(0, 1), title=f"each {result['sweep']}")
+    trade.legend(loc="lower left")
+    return _png(figure)
 
 
 def _by(cells: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:

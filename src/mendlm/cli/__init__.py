@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from mendlm.cli import comparing, data, edits, learning
+from mendlm.cli import comparing, data, edits, learning, sweeping
 from mendlm.errors import MendError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 for command in (
     edits.demo,
     learning.train,
+    sweeping.sweep,
     edits.edit,
     edits.generate,
     learning.evaluate,

@@ -22,7 +22,8 @@ def compare(
         list[str] | None,
         typer.Option("--editor", help="METHOD=RUN of a trained method, or METHOD@N=RUN for N edits at once; may repeat."),
     ] = None,
-    num_edits: Annotated[str, typer.Option("--num-edits", help="Requests edited at once, with commas: 1,5,25.")] = "1",
+    num_edits: Annotated[str, typer.Option("--num-edits", help="Requests edited together, with commas: 1,5,25.")] = "1",
+    sequential: Annotated[bool, typer.Option("--sequential", help="Edit them one after another; else at once.")] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N requests.")] = None,
     locality: Annotated[list[str] | None, typer.Option("--locality", help="TASK:PATH of unrelated texts; may repeat.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Pose prompts as chat turns.")] = False,
@@ -58,7 +59,7 @@ def compare(
     of_evaluation = values.pop("", {})
     if "num_edits" in of_evaluation:
         raise InputError("give the numbers of edits at once by --num-edits 1,5,25")
-    config = parse_config(EvaluationConfig, {"chat": chat, "seed": seed, **of_evaluation})
+    config = parse_config(EvaluationConfig, {"chat": chat, "sequential": sequential, "seed": seed, **of_evaluation})
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     loaded, tokenizer = common.open_model(
@@ -70,6 +71,7 @@ def compare(
         for count in counts:
             folder = out / "cells" / f"{name}-{count}"
             folders.append(folder)
+            own_config = replace(config, num_edits=count, sequential=config.sequential and count > 1)
             run, own, scored = runs.get((name, count)), values.get(name, {}), len(requests.examples)
             chosen, trained = common.open_method(name, own, run, model, loaded, tokenizer, unrelated, scored=scored)
             cell: dict[str, Any] = {
@@ -78,7 +80,7 @@ def compare(
                 "data_sha256": requests.sha256,
                 "requests": len(requests.examples),
                 "locality": [source.sha256 for source in unrelated],
-                "evaluation": asdict(replace(config, num_edits=count)),
+                "evaluation": asdict(own_config),
                 "method": asdict(chosen.config),
                 "editor": trained.get("sha256"),
             }
@@ -87,16 +89,16 @@ def compare(
                 defaults = plain(asdict(type(chosen.config)()))  # of settings that are younger than the cell
                 if {**found, "method": {**defaults, **found.get("method", {})}} != plain(cell):
                     raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
-                common.note(f"{name}, {count} at once: done before")
+                common.note(f"{name}, {count} together: done before")
                 continue
-            with common.progress(f"{name}, {count} at once") as show:
+            with common.progress(f"{name}, {count} together") as show:
                 results = evaluate(
                     chosen,
                     chosen.specs,
                     loaded,
                     tokenizer,
                     requests,
-                    replace(config, num_edits=count),
+                    own_config,
                     locality=unrelated,
                     about={"command": common.command_line(sys.argv), "cell": plain(cell)},
                     callback=show,

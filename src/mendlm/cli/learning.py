@@ -6,7 +6,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,13 +46,12 @@ def train(
     editor_values, values = common.read_settings(config, settings or [])
     values |= {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
 
-    from mendlm.checkpoint import Run, parse_config
+    from mendlm.checkpoint import parse_config
     from mendlm.files import refuse_existing
     from mendlm.layers import default_layers, select
     from mendlm.methods import LEARNED, method_types
     from mendlm.tasks import combine, load_edits, load_unrelated
-    from mendlm.training import Progress, TrainConfig
-    from mendlm.training import train as run_training
+    from mendlm.training import TrainConfig
 
     if method not in LEARNED:
         raise InputError(f"the method '{method}' cannot be trained; those that can are {', '.join(LEARNED)}")
@@ -71,42 +70,66 @@ def train(
     count = sum(parameter.numel() for parameter in learned.parameters())
     common.note(f"{len(requests.examples)} requests; editing {len(specs)} layers with an editor of {count:,} parameters")
 
+    run, stopped = train_with_progress(
+        learned, loaded, tokenizer, requests, train_config, out, held_out, unrelated, resume=resume, trunk_cache=trunk_cache
+    )
+    last = run.last_metrics()
+    content = {"run": str(out), "interrupted": stopped, "layers": [asdict(spec) for spec in specs], "metrics": last}
+    text = f"stopped and saved; go on with --resume --out {out}" if stopped else f"the editor is in {out}"
+    common.emit(json_output, content, f"{text} (step {last['step']}, loss {last['loss']:.3f})")
+    if stopped:
+        raise typer.Exit(130)
+
+
+def train_with_progress(
+    learned: Any,
+    model: Any,
+    tokenizer: Any,
+    requests: Any,
+    config: Any,
+    out: Path,
+    valid: Any,
+    locality: list[Any],
+    *,
+    resume: bool,
+    trunk_cache: Path | None,
+    about: dict[str, Any] | None = None,
+) -> tuple[Any, bool]:
+    """Train into a run folder, with progress; Ctrl-C stops it at a checkpoint. The run, and whether it was stopped."""
+    from mendlm.training import Progress
+    from mendlm.training import train as run_training
+
     stopping: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda *_: stopping.append(1))
     try:
         with common.progress("training") as show:
 
             def tell(now: Progress) -> None:
-                m, n = now.metrics, train_config.batch_size
+                m, n = now.metrics, config.batch_size
                 detail = (
                     f"{n / now.seconds:.1f} edits/s  loss {m['loss']:.3f}  success {m['success']:.2f}  "
                     f"generality {m['generality']:.2f}  locality {m['locality']:.2f}"
                 )
                 show(now.step, now.steps, detail)
 
-            run: Run = run_training(
+            run = run_training(
                 learned,
-                loaded,
+                model,
                 tokenizer,
                 requests,
-                train_config,
+                config,
                 out,
-                valid=held_out,
-                locality=unrelated,
+                valid=valid,
+                locality=locality,
                 resume=resume,
                 trunk_cache=trunk_cache,
-                about={"command": common.command_line(sys.argv)},
+                about={"command": common.command_line(sys.argv), **(about or {})},
                 callback=tell,
                 should_stop=lambda: bool(stopping),
             )
     finally:
         signal.signal(signal.SIGINT, previous)
-    last = run.last_metrics()
-    content = {"run": str(out), "interrupted": bool(stopping), "layers": [asdict(spec) for spec in specs], "metrics": last}
-    text = f"stopped and saved; go on with --resume --out {out}" if stopping else f"the editor is in {out}"
-    common.emit(json_output, content, f"{text} (step {last['step']}, loss {last['loss']:.3f})")
-    if stopping:
-        raise typer.Exit(130)
+    return run, bool(stopping)
 
 
 def evaluate(
