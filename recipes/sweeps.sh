@@ -8,7 +8,7 @@ sweep() {
         --data "counterfact:$data/counterfact-train.json" \
         --set own_locality=1.0 --set chat_share=0.0 --set batch_size=32 --set normalizer_examples=256
 }
-sweep blocks 13-15 16-18 19-21 22-24 25-27 27-29
+sweep blocks 13-15 16-18 19-21 22-24 27-29
 for one in "locality_weight 0.3 1.0 3.0 10.0" "editor.rank 32 128 512" "learning_rate 3e-4 1.5e-3 3e-3"; do
     sweep $one --trunk-cache "$cache"  # the same texts through the same blocks
 done

@@ -16,7 +16,7 @@ import torch
 from cases import byte_tokenizer, other, tiny
 from mendlm.apply import Edit, applied
 from mendlm.cli import main
-from mendlm.files import read_tensors
+from mendlm.files import read_tensors, sha256
 from mendlm.layers import select
 from mendlm.models import load
 from mendlm.text import Formatter
@@ -82,6 +82,23 @@ def test_train_writes_a_run_that_resumes(run: Command, place: Path, tmp_path: Pa
     description = json.loads((tmp_path / "parts" / "run.json").read_text())
     assert description["resumed"] == [{"step": 2, "changed": {"steps": [2, 4]}}]
     assert str(place) not in json.dumps(description)
+
+
+def test_train_from_a_run_goes_on_with_its_editor_and_its_statistics(run: Command, place: Path, tmp_path: Path) -> None:
+    common = ["train", "--model", "model", "--data", "records:facts.jsonl", "--from", "run", "--steps", 1]
+    still = [*common, "--set", "batch_size=2", "--set", "learning_rate=0", "--set", "rates_learning_rate=0"]
+    made = run(*still, "--out", tmp_path / "still")
+    old, _ = read_tensors(place / "run" / "editor.safetensors")
+    new, _ = read_tensors(tmp_path / "still" / "editor.safetensors")
+    assert old.keys() == new.keys()
+    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+    moved = run(*common, "--set", "batch_size=2", "--out", tmp_path / "moved")
+    assert moved["metrics"]["loss"] == made["metrics"]["loss"]
+    assert not torch.equal(read_tensors(tmp_path / "moved" / "editor.safetensors")[0]["log_rates"], old["log_rates"])
+    description = json.loads((tmp_path / "moved" / "run.json").read_text())
+    assert description["from"] == {"source": "run", "sha256": sha256(place / "run" / "editor.safetensors")}
+    assert "has its own editor settings" in run(*common, "--set", "editor.rank=3", "--out", tmp_path / "x", fails=True)
+    assert "give --method mend" in run(*common, "--method", "ke", "--out", tmp_path / "x", fails=True)
 
 
 def test_config_file_and_settings(run: Command, tmp_path: Path) -> None:

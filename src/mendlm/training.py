@@ -377,6 +377,7 @@ def train(
     valid: Dataset | None = None,
     locality: Sequence[Dataset] = (),
     resume: bool = False,
+    prepared: bool = False,
     about: Mapping[str, Any] | None = None,
     trunk_cache: str | Path | None = None,
     callback: Callable[[Progress], object] | None = None,
@@ -385,7 +386,8 @@ def train(
     """Meta-train an editor into a run folder.
 
     `callback` is called after every step; when `should_stop` says so, a checkpoint is written and the run can be resumed.
-    `about` goes into the run's description; `trunk_cache` is a folder that keeps the trunk's outputs across runs.
+    `prepared` says that the method was trained before, and keeps its statistics. `about` goes into the run's description;
+    `trunk_cache` is a folder that keeps the trunk's outputs across runs.
     Freezes the model's parameters and puts it in evaluation mode. Raises `InputError` for data that holds too few
     requests and for a folder that another training holds, and `NumericalError` if the loss stops being finite.
     """
@@ -413,7 +415,8 @@ def train(
         else:
             if main:
                 refuse_existing(run.folder, force=False)
-            trainer.prepare()
+            if not prepared:
+                trainer.prepare()
             if main:  # only now: a folder that a kill leaves behind can be resumed, or is empty
                 made = {"method": method.name, "layers": [asdict(spec) for spec in method.specs], "base": base_of(model)}
                 how = {"training": asdict(trainer.config), "editor": asdict(method.config)}

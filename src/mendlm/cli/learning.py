@@ -30,6 +30,7 @@ def train(
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may repeat.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps; over file and --set.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
+    start: Annotated[str | None, typer.Option("--from", help="A run or editor file whose editor is trained further.")] = None,
     trunk_cache: Annotated[
         Path | None,
         typer.Option("--trunk-cache", help="Folder that keeps hidden states below the edits across epochs and runs."),
@@ -47,6 +48,7 @@ def train(
     values |= {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
 
     from mendlm.checkpoint import parse_config
+    from mendlm.editor import load_method
     from mendlm.files import refuse_existing
     from mendlm.layers import default_layers, select
     from mendlm.methods import LEARNED, method_types
@@ -55,6 +57,8 @@ def train(
 
     if method not in LEARNED:
         raise InputError(f"the method '{method}' cannot be trained; those that can are {', '.join(LEARNED)}")
+    if start is not None and editor_values:
+        raise InputError(f"--from {start} has its own editor settings; leave editor.{next(iter(editor_values))} out")
     kind, config_type = method_types(method)
     editor_config, train_config = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
     if not resume:
@@ -65,16 +69,35 @@ def train(
     loaded, tokenizer = common.open_model(
         model, seed=train_config.seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
-    specs = select(loaded, editor_config.layers) if editor_config.layers else default_layers(loaded)
-    learned = kind.for_model(loaded, specs, editor_config)
+    if start is not None:
+        learned, origin = load_method(start, loaded)
+        if learned.name != method:
+            raise InputError(f"--from {start} is an editor of the method '{learned.name}'; give --method {learned.name}")
+    else:
+        specs = select(loaded, editor_config.layers) if editor_config.layers else default_layers(loaded)
+        learned, origin = kind.for_model(loaded, specs, editor_config), {}
     count = sum(parameter.numel() for parameter in learned.parameters())
-    common.note(f"{len(requests.examples)} requests; editing {len(specs)} layers with an editor of {count:,} parameters")
+    common.note(
+        f"{len(requests.examples)} requests; editing {len(learned.specs)} layers with an editor of {count:,} parameters"
+    )
 
+    about = {"from": {"source": origin["source"], "sha256": origin["sha256"]}} if origin else None
     run, stopped = train_with_progress(
-        learned, loaded, tokenizer, requests, train_config, out, held_out, unrelated, resume=resume, trunk_cache=trunk_cache
+        learned,
+        loaded,
+        tokenizer,
+        requests,
+        train_config,
+        out,
+        held_out,
+        unrelated,
+        resume=resume,
+        prepared=start is not None,
+        trunk_cache=trunk_cache,
+        about=about,
     )
     last = run.last_metrics()
-    content = {"run": str(out), "interrupted": stopped, "layers": [asdict(spec) for spec in specs], "metrics": last}
+    content = {"run": str(out), "interrupted": stopped, "layers": [asdict(spec) for spec in learned.specs], "metrics": last}
     text = f"stopped and saved; go on with --resume --out {out}" if stopped else f"the editor is in {out}"
     common.emit(json_output, content, f"{text} (step {last['step']}, loss {last['loss']:.3f})")
     if stopped:
@@ -92,6 +115,7 @@ def train_with_progress(
     locality: list[Any],
     *,
     resume: bool,
+    prepared: bool = False,
     trunk_cache: Path | None,
     about: dict[str, Any] | None = None,
 ) -> tuple[Any, bool]:
@@ -122,6 +146,7 @@ def train_with_progress(
                 valid=valid,
                 locality=locality,
                 resume=resume,
+                prepared=prepared,
                 trunk_cache=trunk_cache,
                 about={"command": common.command_line(sys.argv), **(about or {})},
                 callback=tell,
