@@ -107,7 +107,7 @@ PARTS: dict[str, Part] = {
     ),
     "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=300, settings=WEIGHTS),
     "many": Part(
-        "bart-small",
+        "t5-questions",
         ZSRE,
         "zsre:{data}/zsre-dev.json",
         (NQ,),

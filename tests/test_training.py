@@ -349,6 +349,22 @@ def test_changed_settings_of_a_resumed_run_are_written_down(tmp_path: Path) -> N
     assert len(run.description["resumed"]) == 1
 
 
+def test_a_run_older_than_a_setting_is_resumed_with_its_default_alone(tmp_path: Path) -> None:
+    go(tmp_path / "run", replace(SMALL, steps=2))
+    path = tmp_path / "run" / "run.json"
+    whole = json.loads(path.read_text())
+    older = {**whole, "editor": {name: value for name, value in whole["editor"].items() if name != "normalize"}}
+    path.write_text(json.dumps(older))
+    with pytest.raises(InputError, match="was trained with editor"):
+        train(
+            new_method(normalize=False), tiny("llama"), byte_tokenizer(), DATA, replace(SMALL, steps=2), tmp_path / "run",
+            locality=[ELSEWHERE], resume=True,
+        )  # fmt: skip
+    assert json.loads(path.read_text()) == older
+    go(tmp_path / "run", replace(SMALL, steps=2), resume=True)
+    assert json.loads(path.read_text())["editor"] == whole["editor"]
+
+
 def test_a_run_killed_before_its_first_step_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(self: Trainer) -> None:
         raise KeyboardInterrupt

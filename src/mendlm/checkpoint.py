@@ -47,6 +47,11 @@ def parse_config(kind: type[_T], values: Mapping[str, Any]) -> _T:
         raise InputError(f"setting '{where}' of {kind.__name__}: {first['msg']}, got {first['input']!r}") from None
 
 
+def with_defaults(kind: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings of a configuration dataclass, with the defaults of those that are younger than the file."""
+    return {**plain(asdict(kind())), **stored}
+
+
 def save_editor(path: Path, method: Learned, about: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     """Write an editor as one safetensors file; its networks in `dtype` if given, rates and statistics as they are."""
     tensors = {
@@ -128,8 +133,8 @@ class Run:
                 if changed:
                     change = {"step": self.last_metrics()["step"], "changed": changed}
                     stored |= {key: value, "resumed": [*stored.get("resumed", []), change]}
-            elif key == "editor" and all(stored[key].get(name, new) == new for name, new in value.items()):
-                stored[key] = value  # with what a later version has added
+            elif key == "editor" and with_defaults(method_types(stored["method"])[1], stored[key]) == value:
+                stored[key] = value
             elif stored.get(key) != value:
                 raise InputError(
                     f"{self.folder} was trained with {key} = {stored.get(key)}, now {value} is asked; "

@@ -39,7 +39,7 @@ def compare(
     from_wheel: common.FromWheel = None,
 ) -> None:
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
-    from mendlm.checkpoint import parse_config
+    from mendlm.checkpoint import parse_config, with_defaults
     from mendlm.evaluation import EvaluationConfig, evaluate
     from mendlm.files import plain, read_json
     from mendlm.methods import LEARNED, method_types
@@ -86,8 +86,7 @@ def compare(
             }
             if (folder / "summary.json").is_file():
                 found = read_json(folder / "summary.json").get("cell") or {}
-                defaults = plain(asdict(type(chosen.config)()))  # of settings that are younger than the cell
-                if {**found, "method": {**defaults, **found.get("method", {})}} != plain(cell):
+                if {**found, "method": with_defaults(type(chosen.config), found.get("method", {}))} != plain(cell):
                     raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
                 common.note(f"{name}, {count} together: done before")
                 continue
