@@ -176,14 +176,14 @@ def draw_sweep(result: dict[str, Any]) -> bytes:
     scores.set(
         xlabel=result["sweep"], ylim=(0, 1), title=f"after {result['steps']} steps, {values[0]['count']} requests scored"
     )
-    scores.legend(loc="lower right")
+    scores.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     for name in ("success", "generality"):
         trade.plot([value["locality"] for value in values], [value[name] for value in values], marker="o", label=name)
     for point, value in zip(points, values, strict=True):
         where = value["locality"], value["generality"]
         trade.annotate(point, where, textcoords="offset points", xytext=(5, -11))
-    trade.set(xlabel="locality", ylim=(0, 1), title=f"each {result['sweep']}")
-    trade.legend(loc="lower left")
+    trade.set(xlabel="locality", ylim=(0, 1), title=f"what each of {result['sweep']} trades")
+    trade.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=2)
     return _png(figure)
 
 
