@@ -246,7 +246,7 @@ def test_compare_refuses(run: Command, tmp_path: Path, more: tuple[str, ...], me
     assert not (tmp_path / "c").exists()
 
 
-SWEEP = ("--model", "model", "--data", "records:facts.jsonl", "--set", "batch_size=3", "--set", "normalizer_examples=3",
+SWEEP = ("--model", "model", "--data", "records:facts.jsonl", "--set", "batch_size=8", "--set", "normalizer_examples=3",
          "--set", "editor.rank=2")  # fmt: skip
 
 

@@ -129,8 +129,9 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
                 lost = [(c["num_edits"], c["drawdown_acc"]) for c in line if c["drawdown_acc"] is not None]
                 axes[3].plot([n for n, _ in lost], [value for _, value in lost], marker="o")
             axes[3].set(title="drawdown: accuracy lost")
+            together = "in turn" if any(cell["sequential"] for cell in mine) else "at once"  # a single edit is neither
             for axis in axes:
-                axis.set(xlabel=f"edits {'in turn' if mine[0]['sequential'] else 'at once'}", xscale="log")
+                axis.set(xlabel=f"edits {together}", xscale="log")
             axes[0].legend()
             figure.suptitle(data)
             yield f"over-edits-{number}", _png(figure)

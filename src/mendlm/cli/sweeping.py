@@ -101,7 +101,7 @@ def sweep(
                 common.note("stopped and saved; the same command goes on")
                 raise typer.Exit(130)
         scored = min(len(held_out.examples), training.valid_examples) if held_out else 0
-        found[point] = _scores(run.folder / "metrics.jsonl", training.batch_size, scored)
+        found[point] = _scores(run.folder / "metrics.jsonl", min(training.batch_size, len(requests.examples)), scored)
     result = {"sweep": key, "steps": steps, "requests": requests.name, "valid": valid and held_out and held_out.name, **same}
     written = write_sweep({**result, "values": found}, out)
     common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, written[0].read_text().rstrip())
