@@ -63,6 +63,8 @@ class Part:
     """Patterns of the layers that all methods change; by default the paper's choice."""
     editors: str = ""
     """Another part, whose editors this one scores."""
+    begin: str = ""
+    """A part on the same base, from whose editors of single edits these are trained further."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     """Name -> settings of further editors of the first learned method: the ablations."""
 
@@ -115,9 +117,10 @@ PARTS: dict[str, Part] = {
         learned=("mend", "enn", "malmen"),
         untrained=(),
         counts=(1, 5, 25, 75, 125),
-        steps=70,
+        steps=40,
         batch=50,
         settings=WEIGHTS,
+        begin="t5-zsre",
     ),
     "ablations": Part(
         "bart-small",
@@ -207,6 +210,7 @@ class Driver:
     def editors(self, name: str, part: Part, base: str) -> Iterator[tuple[str, str, int, Path]]:
         """Train every editor of a part: variant, method, requests at once, run folder."""
         name, part = part.editors or name, PARTS.get(part.editors, part)
+        begun = {method: run for _, method, _, run in self.editors(part.begin, PARTS[part.begin], base)} if part.begin else {}
         trunk = ["--trunk-cache", str(self.work / "trunk")] if base == "starter" else []
         for variant, more in part.variants.items():
             for method in part.learned:
@@ -215,7 +219,8 @@ class Driver:
                     steps = max(2, int(part.steps * self.share))
                     batch = max(1, part.batch // count) * count
                     layers = (f"editor.layers={json.dumps(part.layers)}",) if part.layers else ()
-                    given = (*part.settings, *layers, f"batch_size={batch}", f"num_edits={count}", *EDITOR[method], *more)
+                    shape = () if begun else (*layers, *EDITOR[method])
+                    given = (*part.settings, f"batch_size={batch}", f"num_edits={count}", *shape, *more)
                     options = [word for setting in given for word in ("--set", setting)]
                     options += [word for source in part.train for word in ("--data", self.place(source))]
                     options += [word for source in part.locality for word in ("--locality", self.place(source))]
@@ -223,7 +228,9 @@ class Driver:
                     if not log.is_file() or len(log.read_text().splitlines()) < steps:
                         resume = ["--resume"] if (run / "checkpoint.safetensors").is_file() else []
                         common = ["--model", base, "--method", method, "--steps", str(steps), "--device", self.device]
-                        self.mendlm(f"train {name} {run.name}", "train", *common, *options, *trunk, "--out", str(run), *resume)
+                        start = ["--from", str(begun[method])] if begun else []
+                        command = [*common, *start, *options, *trunk, "--out", str(run), *resume]
+                        self.mendlm(f"train {name} {run.name}", "train", *command)
                     yield variant, method, count, run
 
     def part(self, name: str) -> None:
