@@ -149,6 +149,11 @@ MLP_MATRICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def choose(model: nn.Module, patterns: Sequence[str]) -> list[LayerSpec]:
+    """The layers that match the patterns, as `select`; without any pattern the paper's choice."""
+    return select(model, patterns) if patterns else default_layers(model)
+
+
 def default_layers(model: nn.Module, blocks: range | None = None) -> list[LayerSpec]:
     """The paper's choice: the MLP matrices of the last 3 blocks, or of the last 2 of encoder and of decoder.
 

@@ -198,7 +198,7 @@ def open_method(
     from mendlm.checkpoint import parse_config
     from mendlm.editor import load_method
     from mendlm.errors import InputError
-    from mendlm.layers import default_layers, select
+    from mendlm.layers import choose
     from mendlm.methods import LEARNED, method_types
     from mendlm.text import Formatter
 
@@ -225,6 +225,6 @@ def open_method(
     formatter = Formatter.of(model, tokenizer)
     if name == "prompt":
         return kind(settings, tokenizer(settings.separator, add_special_tokens=False)["input_ids"]), {}
-    specs = select(model, settings.layers) if settings.layers else default_layers(model)
+    specs = choose(model, settings.layers)
     probes = [probe for source in unrelated for probe in source.probes[scored:][-256:]] if settings.kl_weight else []
     return kind(specs, settings, [formatter.batch([formatter.encode(p.prompt, p.answer)]) for p in probes]), {}

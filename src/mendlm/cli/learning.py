@@ -17,27 +17,32 @@ Data = Annotated[list[str], typer.Option("--data", help=f"TASK:PATH of requests 
 Locality = Annotated[
     list[str] | None, typer.Option("--locality", help="TASK:PATH of unrelated texts (also nq, text); may repeat.")
 ]
+Trained = Annotated[str, typer.Option("--method", help="mend, malmen, ke or enn.")]
+Valid = Annotated[str | None, typer.Option("--valid", help="TASK:PATH of requests to validate on.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML with [editor] and [training] settings.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may repeat.")]
+OwnSeed = Annotated[int | None, typer.Option("--seed", help="Over the configuration's seed.")]
+TrunkCache = Annotated[
+    Path | None, typer.Option("--trunk-cache", help="Folder that keeps hidden states below the edits across epochs and runs.")
+]
 
 
 def train(
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="The run folder.")],
     model: common.Model = "starter",
-    method: Annotated[str, typer.Option("--method", help="mend, malmen, ke or enn.")] = "mend",
-    valid: Annotated[str | None, typer.Option("--valid", help="TASK:PATH of requests to validate on.")] = None,
+    method: Trained = "mend",
+    valid: Valid = None,
     locality: Locality = None,
-    config: Annotated[Path | None, typer.Option("--config", help="TOML with [editor] and [training] settings.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may repeat.")] = None,
+    config: Config = None,
+    settings: Settings = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps; over file and --set.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
     start: Annotated[str | None, typer.Option("--from", help="A run or editor file whose editor is trained further.")] = None,
-    trunk_cache: Annotated[
-        Path | None,
-        typer.Option("--trunk-cache", help="Folder that keeps hidden states below the edits across epochs and runs."),
-    ] = None,
+    trunk_cache: TrunkCache = None,
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
-    seed: Annotated[int | None, typer.Option("--seed", help="Over the configuration's seed.")] = None,
+    seed: OwnSeed = None,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
     revision: common.Revision = None,
@@ -50,22 +55,16 @@ def train(
     from mendlm.checkpoint import parse_config
     from mendlm.editor import load_method
     from mendlm.files import refuse_existing
-    from mendlm.layers import default_layers, select
-    from mendlm.methods import LEARNED, method_types
-    from mendlm.tasks import combine, load_edits, load_unrelated
+    from mendlm.layers import choose
     from mendlm.training import TrainConfig
 
-    if method not in LEARNED:
-        raise InputError(f"the method '{method}' cannot be trained; those that can are {', '.join(LEARNED)}")
+    kind, config_type = trainable(method)
     if start is not None and editor_values:
         raise InputError(f"--from {start} has its own editor settings; leave editor.{next(iter(editor_values))} out")
-    kind, config_type = method_types(method)
     editor_config, train_config = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
     if not resume:
         refuse_existing(out, force=False)
-    requests = combine([load_edits(source, skip_bad=skip_bad) for source in data])
-    unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
-    held_out = load_edits(valid, skip_bad=skip_bad) if valid else None
+    requests, unrelated, held_out = texts(data, locality, valid, skip_bad=skip_bad)
     loaded, tokenizer = common.open_model(
         model, seed=train_config.seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
@@ -74,8 +73,7 @@ def train(
         if learned.name != method:
             raise InputError(f"--from {start} is an editor of the method '{learned.name}'; give --method {learned.name}")
     else:
-        specs = select(loaded, editor_config.layers) if editor_config.layers else default_layers(loaded)
-        learned, origin = kind.for_model(loaded, specs, editor_config), {}
+        learned, origin = kind.for_model(loaded, choose(loaded, editor_config.layers), editor_config), {}
     count = sum(parameter.numel() for parameter in learned.parameters())
     common.note(
         f"{len(requests.examples)} requests; editing {len(learned.specs)} layers with an editor of {count:,} parameters"
@@ -102,6 +100,24 @@ def train(
     common.emit(json_output, content, f"{text} (step {last['step']}, loss {last['loss']:.3f})")
     if stopped:
         raise typer.Exit(130)
+
+
+def trainable(method: str) -> tuple[Any, Any]:
+    """A method that can be trained, and its configuration's type. Raises `InputError` for any other."""
+    from mendlm.methods import LEARNED, method_types
+
+    if method not in LEARNED:
+        raise InputError(f"the method '{method}' cannot be trained; those that can are {', '.join(LEARNED)}")
+    return method_types(method)
+
+
+def texts(data: list[str], locality: list[str] | None, valid: str | None, *, skip_bad: bool) -> tuple[Any, list[Any], Any]:
+    """The requests to train on, the sources of unrelated texts, and the requests held out, if any."""
+    from mendlm.tasks import combine, load_edits, load_unrelated
+
+    requests = combine([load_edits(source, skip_bad=skip_bad) for source in data])
+    unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
+    return requests, unrelated, load_edits(valid, skip_bad=skip_bad) if valid else None
 
 
 def train_with_progress(

@@ -21,16 +21,16 @@ def sweep(
     data: learning.Data,
     out: Annotated[Path, typer.Option("--out", help="Folder for numbers, table, picture and the runs.")],
     model: common.Model = "starter",
-    method: Annotated[str, typer.Option("--method", help="mend, malmen, ke or enn.")] = "mend",
-    valid: Annotated[str | None, typer.Option("--valid", help="TASK:PATH of requests to score, not trained on.")] = None,
+    method: learning.Trained = "mend",
+    valid: learning.Valid = None,
     locality: learning.Locality = None,
-    config: Annotated[Path | None, typer.Option("--config", help="TOML with [editor] and [training] settings.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may repeat.")] = None,
+    config: learning.Config = None,
+    settings: learning.Settings = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each run.")] = 30,
-    trunk_cache: Annotated[Path | None, typer.Option("--trunk-cache", help="Folder that keeps hidden states.")] = None,
+    trunk_cache: learning.TrunkCache = None,
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
-    seed: Annotated[int | None, typer.Option("--seed", help="Over the configuration's seed.")] = None,
+    seed: learning.OwnSeed = None,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
     revision: common.Revision = None,
@@ -44,25 +44,19 @@ def sweep(
 
     from mendlm.checkpoint import Run, parse_config
     from mendlm.files import plain
-    from mendlm.layers import default_layers, select
-    from mendlm.methods import LEARNED, method_types
+    from mendlm.layers import choose, default_layers
     from mendlm.models import base_of
     from mendlm.report import write_sweep
-    from mendlm.tasks import combine, load_edits, load_unrelated
     from mendlm.training import TrainConfig
 
-    if method not in LEARNED:
-        raise InputError(f"the method '{method}' cannot be trained; those that can are {', '.join(LEARNED)}")
-    kind, config_type = method_types(method)
+    kind, config_type = learning.trainable(method)
     blocks = {point: _blocks(point) for point in points} if key == "blocks" else {}
     plans = {}
     for point in points:
         given = [*(settings or []), f"steps={steps}", *([] if seed is None else [f"seed={seed}"])]
         editor_values, values = common.read_settings(config, [*given, *([] if blocks else [f"{key}={point}"])])
         plans[point] = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
-    requests = combine([load_edits(source, skip_bad=skip_bad) for source in data])
-    unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
-    held_out = load_edits(valid, skip_bad=skip_bad) if valid else None
+    requests, unrelated, held_out = learning.texts(data, locality, valid, skip_bad=skip_bad)
     loaded, tokenizer = common.open_model(
         model, seed=seed or 0, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
@@ -82,8 +76,7 @@ def sweep(
         if run.last_metrics()["step"] < training.steps:
             common.note(f"{key} {point}")
             torch.manual_seed(training.seed)
-            specs = select(loaded, editor.layers) if editor.layers else default_layers(loaded)
-            learned = kind.for_model(loaded, specs, editor)
+            learned = kind.for_model(loaded, choose(loaded, editor.layers), editor)
             run, stopped = learning.train_with_progress(
                 learned,
                 loaded,
