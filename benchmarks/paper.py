@@ -64,7 +64,7 @@ class Part:
     editors: str = ""
     """Another part, whose editors this one scores."""
     begin: str = ""
-    """A part on the same base, from whose editors of single edits these are trained further."""
+    """A part on the same base, whose editors of single edits these are trained further from: each count from the one before."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     """Name -> settings of further editors of the first learned method: the ablations."""
 
@@ -210,11 +210,15 @@ class Driver:
     def editors(self, name: str, part: Part, base: str) -> Iterator[tuple[str, str, int, Path]]:
         """Train every editor of a part: variant, method, requests at once, run folder."""
         name, part = part.editors or name, PARTS.get(part.editors, part)
-        begun = {method: run for _, method, _, run in self.editors(part.begin, PARTS[part.begin], base)} if part.begin else {}
+        single = {method: run for _, method, _, run in self.editors(part.begin, PARTS[part.begin], base)} if part.begin else {}
         trunk = ["--trunk-cache", str(self.work / "trunk")] if base == "starter" else []
         for variant, more in part.variants.items():
             for method in part.learned:
+                begun = single.get(method)
                 for count in part.counts:
+                    if begun and count == 1:
+                        yield variant, method, count, begun
+                        continue
                     run = self.work / name / "runs" / f"{method}@{count}{variant and '-' + variant.replace(' ', '-')}"
                     steps = max(2, int(part.steps * self.share))
                     batch = max(1, part.batch // count) * count
@@ -228,9 +232,10 @@ class Driver:
                     if not log.is_file() or len(log.read_text().splitlines()) < steps:
                         resume = ["--resume"] if (run / "checkpoint.safetensors").is_file() else []
                         common = ["--model", base, "--method", method, "--steps", str(steps), "--device", self.device]
-                        start = ["--from", str(begun[method])] if begun else []
+                        start = ["--from", str(begun)] if begun else []
                         command = [*common, *start, *options, *trunk, "--out", str(run), *resume]
                         self.mendlm(f"train {name} {run.name}", "train", *command)
+                    begun = begun and run
                     yield variant, method, count, run
 
     def part(self, name: str) -> None:

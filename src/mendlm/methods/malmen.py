@@ -78,16 +78,13 @@ class Malmen(RowEditor):
         return Edit(rows, transposed(self.specs))
 
     def combine(self, parts: Edit, size: int) -> Edit:
-        """The least-squares update of all rows of each `size` consecutive requests; never more than d_in rows."""
+        """The least-squares update of all rows of each `size` consecutive requests; never more rows than a layer has inputs."""
         together = parts.grouped(size).updates
         updates = {}
         for spec, damping in zip(self.specs, self.log_damping.exp(), strict=True):
             u, wanted = together[spec.name].u, together[spec.name].delta
-            fit = damped(u, damping)
-            if fit.shape[-2] > spec.d_in:
-                eye = torch.eye(spec.d_in, dtype=fit.dtype, device=fit.device).expand(*fit.shape[:-2], -1, -1)
-                fit, wanted = eye, fit.mT @ wanted
-            updates[spec.name] = LowRank(fit, wanted)
+            few = u.shape[-2] <= spec.d_in
+            updates[spec.name] = fitted(u, wanted, damping) if few else solved(sums(u, wanted), damping).to(u.dtype)
         return replace(parts, updates=updates)
 
     def together(self, groups: Sequence[tuple[Sequence[int], Callable[[], Edit]]], size: int) -> Edit:
@@ -97,30 +94,26 @@ class Malmen(RowEditor):
         edits, rest = divmod(sum(len(requests) for requests, _ in groups), size)
         if rest:
             raise InputError(f"{edits * size + rest} requests do not divide into groups of {size}")
-        sums: list[Any] = [0.0] * len(self.specs)
+        totals: list[Any] = [0.0] * len(self.specs)
         for requests, make in groups:
             owner = torch.tensor(requests) // size
             found = _Again.apply(  # type: ignore[no-untyped-call]
                 functools.partial(self._sums, make, owner, edits), *self.parameters()
             )
-            sums = [a + b for a, b in zip(sums, found, strict=True)]
+            totals = [a + b for a, b in zip(totals, found, strict=True)]
         updates = {}
-        for spec, both, damping in zip(self.specs, sums, self.log_damping.exp(), strict=True):
-            gram, wanted = both.split([spec.d_in, spec.d_out], -1)
-            eye = torch.eye(spec.d_in, dtype=gram.dtype, device=gram.device)
-            delta = torch.linalg.solve(gram + damping.double() * eye, wanted).to(self.log_rates.dtype)
-            updates[spec.name] = LowRank(eye.to(delta.dtype).expand(edits, -1, -1), delta)
+        for spec, both, damping in zip(self.specs, totals, self.log_damping.exp(), strict=True):
+            updates[spec.name] = solved(both, damping).to(self.log_rates.dtype)
         return Edit(updates, transposed(self.specs))
 
     def _sums(self, make: Callable[[], Edit], owner: Tensor, edits: int) -> list[Tensor]:
         """`U^T [U, D]` of each layer, (edits, d_in, d_in + d_out), over the parts that belong to each edit, in float64."""
-        parts, sums = make(), []
+        parts, found = make(), []
         for spec in self.specs:
-            u, delta = parts.updates[spec.name].u.double(), parts.updates[spec.name].delta.double()
+            u, delta = parts.updates[spec.name].u, parts.updates[spec.name].delta
             own = [(owner == edit).to(u.device) for edit in range(edits)]
-            both = torch.cat([u, delta], -1)
-            sums.append(torch.stack([u[mine].flatten(0, 1).mT @ both[mine].flatten(0, 1) for mine in own]))
-        return sums
+            found.append(torch.stack([sums(u[mine].flatten(0, 1), delta[mine].flatten(0, 1)) for mine in own]))
+        return found
 
 
 class _Again(torch.autograd.Function):
@@ -138,10 +131,24 @@ class _Again(torch.autograd.Function):
         return None, *torch.autograd.grad(outputs, ctx.parameters, slopes, allow_unused=True)
 
 
-def damped(u: Float[Tensor, "*batch rows d_in"], damping: Float[Tensor, ""]) -> Float[Tensor, "*batch rows d_in"]:
-    """`U (U^T U + lambda I)^-1`, by the smaller of its two equal forms, in float64."""
-    wide, precise = u.shape[-2] < u.shape[-1], u.double()
-    gram = precise @ precise.mT if wide else precise.mT @ precise
-    gram = gram + damping.double() * torch.eye(gram.shape[-1], dtype=gram.dtype, device=u.device)
-    fit: Tensor = torch.linalg.solve(gram, precise if wide else precise.mT)
-    return (fit if wide else fit.mT).to(u.dtype)
+def fitted(u: Float[Tensor, "*batch rows d_in"], wanted: Float[Tensor, "*batch rows d_out"], damping: Tensor) -> LowRank:
+    """The least-squares update in as many rows as were asked for, by `(U U^T + lambda I)^-1 U`, in float64."""
+    precise = u.double()
+    gram = precise @ precise.mT
+    return LowRank(torch.linalg.solve(_damped(gram, damping), precise).to(u.dtype), wanted)
+
+
+def sums(u: Float[Tensor, "*batch rows d_in"], wanted: Float[Tensor, "*batch rows d_out"]) -> Float[Tensor, "*batch d_in both"]:
+    """`U^T [U, D]`, (d_in, d_in + d_out), in float64: all that the least-squares update takes of any number of rows."""
+    return u.double().mT @ torch.cat([u, wanted], -1).double()
+
+
+def solved(both: Float[Tensor, "*batch d_in both"], damping: Tensor) -> LowRank:
+    """The least-squares update from the `sums` of its rows, in float64; no more rows than the layer has inputs or outputs."""
+    d_in = both.shape[-2]
+    gram, wanted = both[..., :d_in], both[..., d_in:]
+    return LowRank.from_dense(torch.linalg.solve(_damped(gram, damping), wanted).mT)
+
+
+def _damped(gram: Tensor, damping: Tensor) -> Tensor:
+    return gram + damping.double() * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
