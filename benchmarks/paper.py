@@ -66,7 +66,7 @@ class Part:
     begin: str = ""
     """A part on the same base, whose editors of single edits these are trained further from: each count from the one before."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
-    """Name -> settings of further editors of the first learned method: the ablations."""
+    """Name -> settings: the ablations, of the first learned method."""
 
 
 NQ, NQ_DEV, TEXT, PPL = (
@@ -80,6 +80,16 @@ BOTH = ("counterfact:{data}/counterfact-train.json", *ZSRE * 3)
 WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
 MIDDLE = tuple(f"model.layers.{block}.mlp.*" for block in (22, 23, 24))
 ATTENTION = 'editor.layers=["*.layers.[23].self_attn.q_proj", "*.layers.[23].self_attn.v_proj"]'
+VARIANTS = {
+    "": (),
+    "no sharing": ("editor.shared=false",),
+    "no normalisation": ("editor.normalize=false",),
+    "no identity": ("editor.init=xavier",),
+    "only u": ("editor.inputs=u",),
+    "only delta": ("editor.inputs=delta",),
+    "only the smaller": ("editor.inputs=smaller",),
+    "attention": (ATTENTION,),
+}
 PARTS: dict[str, Part] = {
     "gpt-counterfact": Part(
         "starter",
@@ -95,7 +105,17 @@ PARTS: dict[str, Part] = {
     "gpt-zsre": Part(
         "starter", BOTH, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV, PPL), layers=MIDDLE, editors="gpt-counterfact"
     ),
-    "t5-zsre": Part("t5-questions", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=150, batch=16, settings=WEIGHTS),
+    "t5-zsre": Part(
+        "t5-questions",
+        ZSRE,
+        "zsre:{data}/zsre-dev.json",
+        (NQ,),
+        (NQ_DEV,),
+        steps=150,
+        batch=16,
+        settings=WEIGHTS,
+        variants={name: VARIANTS[name] for name in ("", "no normalisation", "no identity")},
+    ),
     "fever-bert": Part(
         "bert-fever", FEVER, FEVER_DEV, watched=(FEVER_DEV,), untrained=UNTRAINED[:-1], steps=150, settings=WEIGHTS
     ),
@@ -132,16 +152,7 @@ PARTS: dict[str, Part] = {
         untrained=(),
         steps=100,
         settings=WEIGHTS,
-        variants={
-            "": (),
-            "no sharing": ("editor.shared=false",),
-            "no normalisation": ("editor.normalize=false",),
-            "no identity": ("editor.init=xavier",),
-            "only u": ("editor.inputs=u",),
-            "only delta": ("editor.inputs=delta",),
-            "only the smaller": ("editor.inputs=smaller",),
-            "attention": (ATTENTION,),
-        },
+        variants=VARIANTS,
     ),
 }
 
@@ -210,10 +221,11 @@ class Driver:
     def editors(self, name: str, part: Part, base: str) -> Iterator[tuple[str, str, int, Path]]:
         """Train every editor of a part: variant, method, requests at once, run folder."""
         name, part = part.editors or name, PARTS.get(part.editors, part)
-        single = {method: run for _, method, _, run in self.editors(part.begin, PARTS[part.begin], base)} if part.begin else {}
+        earlier = self.editors(part.begin, PARTS[part.begin], base) if part.begin else ()
+        single = {method: run for variant, method, _, run in earlier if not variant}
         trunk = ["--trunk-cache", str(self.work / "trunk")] if base == "starter" else []
         for variant, more in part.variants.items():
-            for method in part.learned:
+            for method in part.learned[:1] if variant else part.learned:
                 begun = single.get(method)
                 for count in part.counts:
                     if begun and count == 1:
@@ -249,11 +261,11 @@ class Driver:
         for variant, method, count, run in self.editors(name, part, base):
             groups.setdefault(variant, []).extend(["--editor", f"{method}@{count}={run}"])
         for variant, editors in groups.items():
-            methods = ",".join((*part.learned, *part.untrained))
+            methods = ",".join(part.learned[:1] if variant else (*part.learned, *part.untrained))
             out = self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}"
             options = ["--num-edits", ",".join(map(str, part.counts)), "--limit", str(limit), "--device", self.device]
             options += ["--set", "timed_edits=5"]
-            for method in part.untrained if part.layers else ():
+            for method in part.untrained if part.layers and not variant else ():
                 options += ["--set", f"{method}.layers={json.dumps(part.layers)}"] if method not in ("cache", "prompt") else []
             options += [word for source in part.watched for word in ("--locality", self.place(source))]
             common = ["--model", base, "--data", self.place(part.dev), "--methods", methods]
