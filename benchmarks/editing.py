@@ -1,9 +1,10 @@
-"""The latency of one edit over its floor, and of many edits at once over one by one.
+"""The latency of one edit over its floor, of many edits at once over one by one, and of texts under two edits of many requests.
 
     python benchmarks/editing.py [--model starter] [--editor starter] [--requests 256]
 
 The floor of an edit is one forward pass of the same tokens, logits at the target only, and one backward pass down to the
 lowest edited layer. Bars: one edit at most 1.5 times its floor; 256 edits at once at least 2 times as fast an edit.
+Of 32 texts, each half runs under one edit of its 16 requests: once by the rows of both, once by a copy of them for every text.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 import bench
 import mendlm
+from mendlm import apply
 from mendlm.losses import token_nll
 from mendlm.recording import record
 from mendlm.text import scored_logits
@@ -30,8 +32,11 @@ def main() -> None:
     else:
         editor = mendlm.Editor.load(arguments.editor, model, tokenizer)
     many = [(e.prompt, e.target) for e in bench.requests(arguments.data_dir, arguments.requests)]
-    one = many[0]
+    one, few, half = many[0], apply.FEW, min(16, len(many) // 2)
     batch = editor.formatter.batch([editor.formatter.encode(*one)])
+    texts = editor.formatter.batch([editor.formatter.encode(*request) for request in many[: 2 * half]])
+    with torch.no_grad():
+        halves = editor.method.combine(editor.method.parts(model, texts), half)
     assert editor.base  # the base's identity is hashed once a process, not once an edit
 
     def floor() -> None:
@@ -44,17 +49,24 @@ def main() -> None:
         with torch.no_grad():
             scored_logits(model, batch)
 
+    def two_edits(up_to: int) -> None:
+        apply.FEW = up_to
+        with torch.no_grad(), halves.on(model, torch.arange(2 * half, device=model.device) // half):
+            scored_logits(model, texts)
+
     sides = {"edit": lambda: editor.edit(*one), "floor": floor, "forward": forward}
     single = bench.interleaved(sides, arguments.rounds * 6)
     batched = bench.interleaved(
         {"edit_many": lambda: editor.edit_many(many), "one_by_one": lambda: [editor.edit(*request) for request in many]},
         max(1, arguments.rounds // 2),
     )
+    routed = bench.interleaved({"copied": lambda: two_edits(0), "few": lambda: two_edits(few)}, arguments.rounds)
     result = {
         "edit_over_floor": single["edit"] / single["floor"],
         "edit_over_floor_bar": 1.5,
         "one_by_one_over_edit_many": batched["one_by_one"] / batched["edit_many"],
         "one_by_one_over_edit_many_bar": 2.0,
+        "rows_copied_over_few_edits": routed["copied"] / routed["few"],
         "edit_ms": 1000 * single["edit"],
         "floor_ms": 1000 * single["floor"],
         "forward_ms": 1000 * single["forward"],
