@@ -230,6 +230,10 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
     ("more", "message"),
     [
         (("--methods", "mend,rome"), "unknown method 'rome'"),
+        (("--methods", " , "), "names no method"),
+        (("--methods", "ft", "--num-edits", "1,9"), "has 3 requests, fewer than 9"),
+        (("--methods", "ft", "--device", "nope"), "cannot use the device 'nope'"),
+        (("--methods", "ft,lora", "--set", "lora.rank=0"), "rank"),
         (("--methods", "ft", "--num-edits", "1,x"), "whole numbers of at least 1"),
         (("--methods", "ft", "--editor", "mend=run"), "METHOD=RUN"),
         (("--methods", "mend", "--editor", "mend@7=run"), "and N of 1"),
@@ -421,6 +425,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "setting": (["train", "--data", "records:facts.jsonl", "--set", "batchsize=3"], ["batchsize", "batch_size"]),
     "type": (["train", "--data", "records:facts.jsonl", "--set", "steps=many"], ["steps", "many"]),
     "config": (["train", "--data", "records:facts.jsonl", "--config", "none.toml"], ["none.toml"]),
+    "config folder": (["train", "--data", "records:facts.jsonl", "--config", "."], ["cannot be read", "TOML"]),
+    "flag": (["train", "--data", "records:facts.jsonl", "--set", "batch_size=true"], ["batch_size", "expected int", "True"]),
+    "no value": (["eval", "--data", "records:facts.jsonl", "--set", "nonsense"], ["nonsense", "NAME=VALUE"]),
+    "device": (["eval", "--data", "records:facts.jsonl", "--device", "nope"], ["'nope'", "this machine has cpu"]),
+    "plain text": (["eval", "--data", "records:text.txt"], ["text.txt", "text:text.txt"]),
     "task": (["train", "--data", "facts.jsonl"], ["TASK:PATH", "counterfact"]),
     "missing data": (["train", "--data", "records:none.jsonl"], ["none.jsonl"]),
     "record": (["train", "--data", "records:bad.jsonl"], ["bad.jsonl", "record 2", "target"]),
@@ -442,6 +451,34 @@ def test_bad_input_is_one_clear_message(run: Command, place: Path, tmp_path: Pat
     for words in said:
         assert words in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_does_not_exist_is_said_before_the_model_is_loaded(run: Command, tmp_path: Path) -> None:
+    for command in (["eval"], ["edit"]):
+        asked = [*command, "--method", "rome", "--model", "none", "--data", "records:facts.jsonl", "--out", tmp_path / "x"]
+        assert "unknown method 'rome'" in run(*asked, fails=True)
+
+
+def test_compare_says_what_is_wrong_with_a_later_cell_before_it_scores_an_earlier_one(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mendlm.evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
+    methods = ("--methods", "ft,lora", "--out", tmp_path / "c")
+    assert "rank" in run(*COMPARE, *methods, "--set", "lora.rank=0", fails=True)
+    (tmp_path / "c").write_text("a file")
+    assert "cannot write" in run(*COMPARE, *methods, fails=True)
+
+
+def test_edit_says_how_many_targets_the_model_gives_already(run: Command, tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    byte_tokenizer().save_pretrained(tmp_path / "bert")
+    labels = ("REFUTES", "SUPPORTS")
+    claims = ("The river runs", "London is old", "Ana is a baker")
+    asked = "".join(json.dumps({"prompt": claim, "target": label}) + "\n" for claim in claims for label in labels)
+    (tmp_path / "labels.jsonl").write_text(asked)  # of the two answers to a claim, the model gives one already
+    how = ("--method", "ft", "--set", "steps=1", "--model", tmp_path / "bert", "--data", f"records:{tmp_path / 'labels.jsonl'}")
+    made = run("edit", *how, "--out", tmp_path / "m")
+    assert (made["count"], made["already_given"]) == (6, 3)
 
 
 def test_skip_bad_counts(run: Command, place: Path, tmp_path: Path) -> None:

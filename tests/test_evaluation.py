@@ -72,7 +72,7 @@ class Oracle:
 
     def __init__(self, name: str, method: Any, num_edits: int = 1, sequential: bool = False) -> None:
         self.model, self.form = tiny(name), Formatter.of(tiny(name), byte_tokenizer())
-        self.method, self.weights = method, []
+        self.method, self.weights, self.held = method, [], []
         for start in range(0, len(EXAMPLES), num_edits):
             single: list[Edit] = []
             for one in EXAMPLES[start : start + num_edits]:
@@ -82,13 +82,27 @@ class Oracle:
                         single.append(method.edit(self.model, batch)[0])
                 else:
                     single.append(method.edit(self.model, batch)[0])
-            weights = {}
-            for spec in method.specs:
-                change = sum(edit.updates[spec.name].dense() for edit in single)
-                weights[f"{spec.name}.weight"] = self.model.get_parameter(f"{spec.name}.weight") + (
-                    change.T if spec.transposed else change
-                )
-            self.weights += [weights] * num_edits
+                self.held.append((len(single) - 1, self.changed(single)))
+            self.weights += [self.changed(single)] * num_edits
+
+    def changed(self, edits: list[Edit]) -> dict[str, Tensor]:
+        """The dense weights under the sum of some edits."""
+        weights = {}
+        for spec in self.method.specs:
+            change = sum(edit.updates[spec.name].dense() for edit in edits)
+            weights[f"{spec.name}.weight"] = self.model.get_parameter(f"{spec.name}.weight") + (
+                change.T if spec.transposed else change
+            )
+        return weights
+
+    def when_made(self, index: int, one: EditExample) -> tuple[int, list[bool]]:
+        """A request's turn in its group, and its success under the edits up to its own."""
+        turn, weights = self.held[index]
+        whole, self.weights = self.weights, [*self.weights]
+        self.weights[index] = weights
+        right = self.right(index, self.form.encode(one.prompt, one.target, end=one.question))
+        self.weights = whole
+        return turn, right
 
     def forward(self, weights: dict[str, Tensor], prompt: tuple[int, ...], target: tuple[int, ...]) -> Tensor:
         if self.model.config.is_encoder_decoder:
@@ -230,7 +244,6 @@ def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, setti
     for kind, value in summary["portability"].items():
         own = [[p["right"][1] for p in row["portability"] if (p["kind"] or "") == kind] for row in results.rows]
         assert value["after"] == pytest.approx(mean([mean(rights) for rights in own if rights]))
-    assert summary["unrelated_kl"] == pytest.approx(mean([p["kl"] for row in results.rows for p in row["locality"]]))
     for name, value in summary["weight_change"].items():
         assert value == pytest.approx(mean([row["norm"][name] for row in results.rows]))
     kept = [mean([p["kept"] for p in row["locality"]]) for row in results.rows]
@@ -238,11 +251,19 @@ def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, setti
     pairs = [oracle.right(i, form.encode(p.prompt, p.answer)) for i, p in probes if p.answer is not None]
     assert summary["drawdown_acc"] == pytest.approx(mean([b for b, _ in pairs]) - mean([a for _, a in pairs]))
     passages = [(i, form.encode(p.prompt, p.answer)) for i in range(6) for p in [READING.probes[i % 2]]]
+    kls = [p["kl"] for row in results.rows for p in row["locality"]] + [oracle.kl(i, text) for i, text in passages]
+    assert summary["unrelated_kl"] == pytest.approx(mean(kls), rel=1e-3)
     tokens = sum(len(text.target) for _, text in passages)
     total = [sum(oracle.nll(i, text)[side] * len(text.target) for i, text in passages) for side in (0, 1)]
     ppl = [math.exp(part / tokens) for part in total]
-    assert summary["perplexity"] == pytest.approx({"before": ppl[0], "after": ppl[1]}, rel=1e-3)
+    assert [summary["perplexity"][side] for side in ("before", "after")] == pytest.approx(ppl, rel=1e-3)
     assert summary["drawdown_ppl"] == pytest.approx(ppl[1] - ppl[0], rel=1e-2, abs=1e-2)
+    for name in ("unrelated_kl", "drawdown_acc", "drawdown_ppl"):
+        low, high = summary[f"{name}_interval"]
+        assert low <= summary[name] <= high
+    if settings.get("sequential"):
+        turns = [oracle.when_made(index, one) for index, one in enumerate(EXAMPLES)]
+        assert [(row["turn"], list(row["success_when_made"])) for row in results.rows] == turns
     changed = [row["success"] for row in results.rows] + [pair for row in results.rows for pair in row["generality"]]
     assert any(before != after for before, after in changed) or not all(p["kept"] for r in results.rows for p in r["locality"])
 
@@ -298,7 +319,7 @@ def test_a_target_that_the_model_gives_already_is_counted_apart() -> None:
     given = [EditExample(prompt="The river", target=t) for t in ("x", "y")]
     method = trained("llama")
     evaluator = Evaluator(method, method.specs, model, byte_tokenizer(), CONFIG)
-    edit = evaluator.edit(given)
+    edit = evaluator.edit([evaluator.encode(e, e.prompt) for e in given])
     known = Encoded(prompt.prompt, (token,))
     assert evaluator.score([(0, known)], edit)[0].right[0] is True
     quick = replace(CONFIG, generate=False)
@@ -308,12 +329,32 @@ def test_a_target_that_the_model_gives_already_is_counted_apart() -> None:
     assert results.summary["already_given"] == sum(row["success"][0] for row in results.rows)
 
 
+def test_a_normaliser_that_follows_along_starts_anew_with_every_group() -> None:
+    method = trained("llama")
+    method.config = replace(method.config, normalizer_follows=True)
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    quick = replace(CONFIG, generate=False, num_edits=3, sequential=True)
+    whole = [run(method, config=replace(quick, batch_size=size)).rows for size in (3, 32)]
+    parts = [run(method, config=quick, data=replace(DATA, examples=EXAMPLES[i : i + 3])).rows for i in (0, 3)]
+    for rows in (whole[1], [row for part in parts for row in part]):
+        for one, other in zip(whole[0], rows, strict=True):
+            assert one["norm"] == pytest.approx(other["norm"], rel=1e-5)
+    method.config = replace(method.config, normalizer_follows=False)
+    still = run(method, config=quick).rows
+    assert all(one["norm"] != pytest.approx(other["norm"], rel=1e-5) for one, other in zip(whole[0], still, strict=True))
+    for name, tensor in method.state_dict().items():
+        assert tensor.equal(before[name])
+    method.config = replace(method.config, normalizer_follows=True)
+    with pytest.raises(InputError, match="--sequential"):
+        run(method, config=replace(quick, sequential=False))
+
+
 def test_the_scale_multiplies_every_edit() -> None:
     method = trained("llama")
     evaluators = [
         Evaluator(method, method.specs, tiny("llama"), byte_tokenizer(), replace(CONFIG, scale=s)) for s in (1.0, 0.5)
     ]
-    whole, half = (evaluator.edit(EXAMPLES) for evaluator in evaluators)
+    whole, half = (evaluator.edit([evaluator.encode(e, e.prompt) for e in EXAMPLES]) for evaluator in evaluators)
     for name, update in whole.updates.items():
         torch.testing.assert_close(half.updates[name].dense(), 0.5 * update.dense())
     rows = run(method, config=replace(CONFIG, scale=0.0, generate=False)).rows

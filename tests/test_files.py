@@ -74,5 +74,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(InputError, match="another process is at work"), locked(tmp_path / "run"):
         pass
+    assert not (tmp_path / "run").exists()  # nothing came of it
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "a").write_text("a")
     with locked(tmp_path / "run"):
         pass
+    assert (tmp_path / "run" / "a").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mendlm.errors import FormatError, InputError
-from mendlm.report import find, write
+from mendlm.report import find, table, write
 
 INTERVAL = {"before": 0.0, "after": 0.8, "low": 0.7, "high": 0.9}
 CELL: dict[str, Any] = {
@@ -21,8 +21,9 @@ CELL: dict[str, Any] = {
     "scale": 1.0,
     "num_edits": 1,
     "count": 1200,
+    "already_given": 3,
     "command": "mendlm compare <b>",
-    **dict.fromkeys(("success", "generality", "edit_success", "success_generated", "locality"), INTERVAL),
+    **dict.fromkeys(("success", "success_of_new", "generality", "edit_success", "success_generated", "locality"), INTERVAL),
     "perplexity": {"before": 20.0, "after": 21.0},
     "drawdown_acc": 0.01,
     "edit_ms": {"p50": 12.0, "p95": 20.0},
@@ -58,11 +59,11 @@ def test_a_report_holds_every_cell_in_order_and_needs_nothing_else(tmp_path: Pat
         ("zsre:a.json", "mend", 25),
     ]
     written = write(found, tmp_path / "out")
-    table = (tmp_path / "out" / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 4
-    assert "| counterfact:b.json, chat | mend | 1 | 1,200 | 0.800 (0.700 to 0.900) |" in table[2]
-    assert table[3].endswith("| - | - | 12 |")
-    assert table[4].endswith("| - | +0.0100 | 20.00 → 21.00 | - |")
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + 4
+    assert "| counterfact:b.json, chat | mend | 1 | 1,200 | 3 | 0.800 (0.700 to 0.900) |" in lines[2]
+    assert lines[3].endswith("| - | - | 12 |")
+    assert lines[4].endswith("| - | +0.0100 | 20.00 → 21.00 | - |")
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == found
     pictures = sorted(path.name for path in written if path.suffix == ".png")
     assert pictures == [
@@ -80,5 +81,39 @@ def test_a_report_holds_every_cell_in_order_and_needs_nothing_else(tmp_path: Pat
 def test_a_folder_without_results_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no summary\.json"):
         find([tmp_path])
-    with pytest.raises(FormatError, match="is no summary of mendlm's"):
+    with pytest.raises(FormatError, match="not a summary of the format mendlm-summary-1"):
         find([put(tmp_path / "a", {"format": "other"})])
+    with pytest.raises(FormatError, match="but 'mendlm-summary-9'"):
+        find([put(tmp_path / "b", cell(format="mendlm-summary-9"))])
+
+
+@pytest.mark.parametrize("name", [name for name in CELL if name not in ("format", "command")])
+@pytest.mark.parametrize("value", ["lost", None, {}, "kept"])
+def test_a_damaged_summary_is_named_with_what_is_wrong(tmp_path: Path, name: str, value: object) -> None:
+    damaged = {key: one for key, one in cell().items() if key != name} if value == "lost" else cell(**{name: value})
+    if value == "kept":
+        damaged = cell()
+    folder = put(tmp_path / "a", damaged)
+    if value == "kept" or (name, value) == ("drawdown_acc", None):
+        write(find([folder]), tmp_path / "out")
+        return
+    with pytest.raises(FormatError, match=rf"summary.json is damaged, at '{name}"):
+        find([folder])
+
+
+def test_a_folder_in_place_of_a_summary_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a" / "summary.json").mkdir(parents=True)
+    with pytest.raises(FormatError, match="cannot be read"):
+        find([tmp_path / "a"])
+
+
+def test_a_cell_counts_once_and_one_that_is_being_written_not_at_all(tmp_path: Path) -> None:
+    put(tmp_path / "a", cell(), cell(method="ft"))
+    put(tmp_path / "a" / ".b.x1", cell(method="half"))
+    assert [c["method"] for c in find([tmp_path, tmp_path / "a", tmp_path / "a" / "0"])] == ["ft", "mend"]
+
+
+def test_a_bar_in_a_name_does_not_break_the_table() -> None:
+    line = table([cell(data="zsre:a|b.json")]).splitlines()[2]
+    assert line.startswith("| zsre:a\\|b.json | mend |")
+    assert "| 1,200 | 3 | 0.800" in line

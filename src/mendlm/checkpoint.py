@@ -37,7 +37,7 @@ def parse_config(kind: type[_T], values: Mapping[str, Any]) -> _T:
         if name not in known:
             raise InputError(f"unknown setting '{name}' of {kind.__name__}; it has {', '.join(known)}")
     try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(values))
+        made = pydantic.TypeAdapter(kind).validate_python(dict(values))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")
@@ -45,6 +45,10 @@ def parse_config(kind: type[_T], values: Mapping[str, Any]) -> _T:
             raise cause from None
         where = ".".join(map(str, first["loc"]))
         raise InputError(f"setting '{where}' of {kind.__name__}: {first['msg']}, got {first['input']!r}") from None
+    for name, value in values.items():
+        if isinstance(value, bool) and not isinstance(getattr(made, name), bool):
+            raise InputError(f"setting '{name}' of {kind.__name__}: expected {type(getattr(made, name)).__name__}, got {value}")
+    return made
 
 
 def with_defaults(kind: type[Any], stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mendlm.apply import Edit
 from mendlm.checkpoint import editor_path, load_editor
 from mendlm.errors import FormatError
 from mendlm.files import sha256
+from mendlm.losses import all_by_row
 from mendlm.methods.base import Learned, Method
 from mendlm.models import STARTER, base_of, identity
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
-from mendlm.text import Formatter, TargetEnd, by_length, target_ends
+from mendlm.text import Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
 
 
 class Editor:
@@ -63,13 +66,7 @@ class Editor:
         batch_size: int = 32,
     ) -> list[Edit]:
         """Independent edits, one a request, made in batches: requests are `EditExample`s or (prompt, target) pairs."""
-        examples = [
-            r if isinstance(r, EditExample) else EditExample(prompt=r[0], target=r[1], question=is_question(r[0]))
-            for r in requests
-        ]
-        family = self.formatter.family
-        ends = [target_ends(target_end, question=e.question, chat=chat, family=family) for e in examples]
-        texts = [self.formatter.encode(e.prompt, e.target, chat=chat, end=end) for e, end in zip(examples, ends, strict=True)]
+        examples, texts = self._encode(requests, chat, target_end)
         edits: list[Edit | None] = [None] * len(examples)
         change = self.method.changed_base()
         for group in by_length([len(text) for text in texts], limit=batch_size):
@@ -79,6 +76,38 @@ class Editor:
                 whole = own if change is None else change.detach() + own
                 edits[index] = replace(whole, about={**self._about(examples[index], scale, chat), **whole.about})
         return [edit for edit in edits if edit is not None]
+
+    @torch.no_grad()
+    def already_given(
+        self,
+        requests: Sequence[EditExample | tuple[str, str]],
+        *,
+        chat: bool = False,
+        target_end: TargetEnd = "auto",
+        batch_size: int = 32,
+    ) -> list[bool]:
+        """Whether the model as it runs now gives each request's target already: all its tokens (the end token apart) are the
+        argmax under teacher forcing."""
+        _, texts = self._encode(requests, chat, target_end)
+        given = [False] * len(texts)
+        for group in by_length([len(text) for text in texts], limit=batch_size):
+            batch = self.formatter.batch([texts[i] for i in group])
+            right = (scored_logits(self.model, batch).argmax(-1) == batch.label) | batch.is_end
+            for index, flag in zip(group, all_by_row(right, batch.row, batch.size).tolist(), strict=True):
+                given[index] = bool(flag)
+        return given
+
+    def _encode(
+        self, requests: Sequence[EditExample | tuple[str, str]], chat: bool, target_end: TargetEnd
+    ) -> tuple[list[EditExample], list[Encoded]]:
+        examples = [
+            r if isinstance(r, EditExample) else EditExample(prompt=r[0], target=r[1], question=is_question(r[0]))
+            for r in requests
+        ]
+        family = self.formatter.family
+        ends = [target_ends(target_end, question=e.question, chat=chat, family=family) for e in examples]
+        texts = [self.formatter.encode(e.prompt, e.target, chat=chat, end=end) for e, end in zip(examples, ends, strict=True)]
+        return examples, texts
 
     def _about(self, example: EditExample, scale: float, chat: bool) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import functools
 import itertools
 import json
@@ -33,7 +34,6 @@ from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import NO_LABEL, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
 
-FORMAT = "mendlm-summary-1"
 GREEDY_TOKENS = 5
 """How many of the base model's own greedy tokens stand for an unrelated prompt's answer that is not known."""
 
@@ -110,6 +110,11 @@ class Evaluator:
         self.method, self.model, self.config = method, model, config
         self.formatter = Formatter.of(model, tokenizer)
         self.trunk = Trunk.where_possible(model, specs)
+        follows = getattr(getattr(method, "config", None), "normalizer_follows", False)
+        if follows and config.num_edits > 1 and not config.sequential:
+            raise InputError("normalizer_follows is for edits made one after another: give --sequential too")
+        self.in_turn = method.edits_weights and (config.sequential or follows)
+        """Whether a group's edits are made one after another."""
 
     def encode(self, example: EditExample, prompt: str, answer: str | None = None) -> Encoded:
         """A prompt with the example's target, or another answer, in the form that the configuration asks for."""
@@ -117,24 +122,15 @@ class Evaluator:
         end = target_ends(self.config.target_end, question=example.question, chat=chat, family=family)
         return self.formatter.encode(prompt, answer or example.target, chat=chat, end=end)
 
-    def edit(self, examples: Sequence[EditExample]) -> Intervention:
-        """The edits of a chunk, one a group of `num_edits` examples."""
-        texts, k = [self.encode(e, e.prompt) for e in examples], self.config.num_edits
+    def edit(self, texts: list[Encoded]) -> Intervention:
+        """The edits of a chunk of requests, one a group of `num_edits` of them, all at once."""
+        k = self.config.num_edits
         if not self.method.edits_weights:
             if self.config.scale != 1:
                 raise InputError(f"scale is {self.config.scale}, but the method '{self.method.name}' has no strength to change")
             other: Any = self.method.edit(self.model, self.formatter.batch(texts))
             return cast("Intervention", other.grouped(k))
-        if not self.config.sequential:
-            return self._edit_batch(texts, k)
-        stack = join([self._edit_next(text) for text in texts[::k]])
-        for turn in range(1, k):
-            new = []
-            for index, text in enumerate(texts[turn::k]):
-                with applied(self.model, stack[index]):
-                    new.append(self._edit_next(text))
-            stack = stack + join(new)
-        return stack
+        return self._edit_batch(texts, k)
 
     @torch.no_grad()
     def _edit_batch(self, texts: list[Encoded], together: int) -> Edit:
@@ -145,9 +141,34 @@ class Evaluator:
         made = self.method.together([(group, functools.partial(parts, group)) for group in groups], together)
         return (made * self.config.scale).require_finite()
 
-    def _edit_next(self, text: Encoded) -> Edit:
-        """One edit on the model as it is now, which a normaliser that follows along takes in."""
-        return (self.method.edits(self.model, self.formatter.batch([text])) * self.config.scale).require_finite()
+    @torch.no_grad()
+    def _edit_in_turn(self, texts: list[Encoded]) -> tuple[Edit, list[tuple[bool, bool]]]:
+        """The edits of a chunk, made one after another within each group, and whether each held when it was made.
+
+        A normaliser that follows along starts each group from the editor's own statistics.
+        """
+        stacks, held, k = [], [], self.config.num_edits
+        for start in range(0, len(texts), k):
+            stack: Edit | None = None
+            with self.own_statistics():
+                for text in texts[start : start + k]:
+                    with applied(self.model, stack) if stack is not None else contextlib.nullcontext():
+                        new = self.method.edits(self.model, self.formatter.batch([text])) * self.config.scale
+                    stack = new.require_finite() if stack is None else stack + new.require_finite()
+                    held.append(self.score([(0, text)], stack)[0].right)
+            assert stack is not None
+            stacks.append(stack)
+        return join(stacks), held
+
+    @contextlib.contextmanager
+    def own_statistics(self) -> Iterator[None]:
+        """Give the method back what its statistics were before the block."""
+        learned = copy.deepcopy(self.method.state_dict()) if isinstance(self.method, Learned) else None
+        try:
+            yield
+        finally:
+            if isinstance(self.method, Learned) and learned is not None:
+                self.method.load_state_dict(learned)
 
     @contextlib.contextmanager
     def _under(self, edit: Intervention, routing: Tensor) -> Iterator[None]:
@@ -224,8 +245,9 @@ class Evaluator:
 
     def rows(self, examples: Sequence[EditExample], extra: Sequence[Sequence[Probe]], passages: Sequence[Probe]) -> list[Any]:
         """Edit a chunk of examples and score all of it; `extra` and `passages` are per example."""
-        edit, k = self.edit(examples), self.config.num_edits
-        exact = [(i // k, self.encode(e, e.prompt)) for i, e in enumerate(examples)]
+        k, own = self.config.num_edits, [self.encode(e, e.prompt) for e in examples]
+        edit, held = self._edit_in_turn(own) if self.in_turn else (self.edit(own), [])
+        exact = [(i // k, text) for i, text in enumerate(own)]
         asked = [(i, p) for i, e in enumerate(examples) for p in e.rephrasings]
         rephrased = [(i // k, self.encode(examples[i], prompt)) for i, prompt in asked]
         watched = [(i, p) for i, e in enumerate(examples) for p in (*e.unrelated, *extra[i])]
@@ -238,6 +260,8 @@ class Evaluator:
         of_exact, of_rephrased, of_unrelated = (self.score(texts, edit) for texts in (exact, rephrased, unrelated))
         for row, score in zip(rows, of_exact, strict=True):
             row["success"], row["token_accuracy"], row["nll"] = score.right, score.tokens_right, score.nll
+        for i, right in enumerate(held):
+            rows[i]["turn"], rows[i]["success_when_made"] = i % k, right
         for (i, _), score in zip(asked, of_rephrased, strict=True):
             rows[i]["generality"].append(score.right)
         for (i, probe), score in zip(watched, of_unrelated, strict=True):
@@ -248,7 +272,7 @@ class Evaluator:
             rows[i]["portability"].append({"kind": probe.kind, "right": score.right})
         self._rivals(rows, examples, edit, (of_exact, asked, of_rephrased, watched, of_unrelated))
         for row, score in zip(rows, self.score(prose, edit), strict=False):
-            row["prose"] = {"nll": score.nll, "tokens": score.tokens}
+            row["prose"] = {"nll": score.nll, "kl": score.kl, "tokens": score.tokens}
         norms = {name: update.norm().tolist() for name, update in edit.updates.items()} if isinstance(edit, Edit) else {}
         for i, row in enumerate(rows):
             row["norm"] = {name: values[i // k] for name, values in norms.items()}
@@ -348,7 +372,6 @@ def evaluate(
     if not examples:
         raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {k}")
     evaluator = Evaluator(method, specs, model, tokenizer, config)
-    learned = copy.deepcopy(method.state_dict()) if isinstance(method, Learned) else None
     memory.forget_peak(evaluator.formatter.device)
     asking = [source.probes for source in locality if not source.prose]
     reading = [source.probes for source in locality if source.prose]
@@ -367,14 +390,15 @@ def evaluate(
         row["index"] = index
     answered = ", ".join((data.name, *(source.name for source in locality)))
     prose = ", ".join(source.name for source in locality if source.prose) or f"unrelated answers of {answered}"
-    times, size = evaluator.time_edits(examples)
-    if isinstance(method, Learned) and learned is not None:
-        method.load_state_dict(learned)  # statistics that followed along are this evaluation's own
+    with evaluator.own_statistics():
+        times, size = evaluator.time_edits(examples)
     base, settings = base_of(model), getattr(method, "config", None)
     summary = {
-        "format": FORMAT,
+        "format": metrics.FORMAT,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "model": base["name"],
         "model_sha256": base["sha256"],
+        "revision": getattr(model.config, "_commit_hash", None),
         "dtype": base["dtype"],
         "method_config": plain(asdict(cast("Any", settings))) if is_dataclass(settings) else {},
         "layers": [spec.name for spec in specs],

@@ -72,7 +72,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -160,8 +162,11 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone; raises `InputError` if another holds it. The system frees it on any end."""
-    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    """Hold a folder for this process alone; raises `InputError` if another holds it. The system frees it on any end.
+
+    A folder that was made for it and is empty in the end is taken away again.
+    """
+    lock, made = filelock.FileLock(folder / LOCK, timeout=0), not folder.exists()
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -172,3 +177,5 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if made and [found.name for found in folder.iterdir()] in ([LOCK], []):  # nothing came of it
+            shutil.rmtree(folder)

@@ -11,10 +11,14 @@ What the metrics mean:
   than the old answer, and of neighbours with that old answer where it is still likelier than the target (neighbourhood);
   likelier by mean NLL of its tokens; score is the harmonic mean of the three;
 - portability: success on prompts whose answers follow from the edit, by the kinds that the data names;
+- success_when_made: of edits made one after another, success right after its own edit, before the later ones; of_earlier and
+  of_later: success after all of them, of the first and the second half of a group;
 - locality: the share of unrelated prompts whose answer tokens (without an answer: the base model's own first 5 greedy
-  tokens) keep the base model's argmax;
-- unrelated_kl: KL from the base's to the edited model's distribution at the tokens of unrelated answers;
-- drawdown: what unrelated texts lose from base to edited model: accuracy decrease, and perplexity increase;
+  tokens) keep the base model's argmax; locality_by_kind: by the kinds that the data names;
+- unrelated_kl: KL from the base's to the edited model's distribution at the tokens of unrelated answers and running text;
+- unrelated_accuracy: success on unrelated prompts whose answer is known;
+- drawdown: what unrelated texts lose from base to edited model: accuracy decrease, and perplexity increase; each has the 95 %
+  bootstrap interval over edits in NAME_interval;
 - generated: by greedy generation with natural stop, the text equals the target after stripping space and final
   punctuation (question tasks), or begins with it at a word boundary (continuations); contained: the text holds the target
   anywhere, whatever its case; in context: generated behind another text;
@@ -26,8 +30,12 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+FORMAT = "mendlm-summary-1"
+"""What a file of the summary below says that it is."""
+Unit = TypeVar("Unit")
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -45,11 +53,18 @@ def harmonic_mean(values: Sequence[float | None]) -> float | None:
 
 def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = 1000) -> tuple[float | None, float | None]:
     """The 95 % percentile bootstrap interval of the mean; None of nothing."""
-    if not values:
+    return interval(values, lambda some: sum(some) / len(some), seed=seed, resamples=resamples)
+
+
+def interval(
+    units: Sequence[Unit], statistic: Callable[[Sequence[Unit]], float], *, seed: int = 0, resamples: int = 1000
+) -> tuple[float | None, float | None]:
+    """The 95 % percentile bootstrap interval of a statistic over units; None of nothing."""
+    if not units:
         return None, None
     rng = random.Random(seed)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(resamples))
-    return means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
+    found = sorted(statistic(rng.choices(units, k=len(units))) for _ in range(resamples))
+    return found[int(0.025 * resamples)], found[int(0.975 * resamples) - 1]
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -65,7 +80,7 @@ def _bare(text: str) -> str:
 
 def answers(generated: str, target: str) -> bool:
     """Whether a generated text is the target, apart from surrounding space and final punctuation."""
-    return _bare(generated) == _bare(target)
+    return (_bare(generated) or generated.strip()) == (_bare(target) or target.strip())
 
 
 def contains(generated: str, target: str) -> bool:
@@ -76,8 +91,10 @@ def contains(generated: str, target: str) -> bool:
 def continues(generated: str, target: str) -> bool:
     """Whether a generated text begins with the target, ending at a word boundary."""
     generated, target = generated.lstrip(), target.strip()
-    following = generated[len(target) : len(target) + 1]
-    return generated.startswith(target) and not (following.isalnum() and target[-1:].isalnum())
+    following = generated[len(target) :]
+    goes_on = following[:1].isalnum() and target[-1:].isalnum()
+    longer_number = target[-1:].isdigit() and re.match(r"[.,]\d", following) is not None
+    return generated.startswith(target) and not goes_on and not longer_number
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, labels: bool = False) -> dict[str, Any]:
@@ -123,23 +140,60 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, labels: bool 
             for name in ("success", "generality", *(["context"] if "context_text" in rows[0] else []))
         },
     }
-    kept = [sum(p["kept"] for p in row["locality"]) / len(row["locality"]) for row in rows if row["locality"]]
-    low, high = bootstrap(kept, seed=seed)
-    summary["locality"] = {"after": mean(kept), "low": low, "high": high}
+    if "success_when_made" in rows[0]:
+        half = max(row["turn"] for row in rows) / 2
+        summary["success_when_made"] = before_after([[row["success_when_made"]] for row in rows])
+        summary["success_of_earlier"] = before_after([[row["success"]] for row in rows if row["turn"] < half])
+        summary["success_of_later"] = before_after([[row["success"]] for row in rows if row["turn"] > half])
+
+    def locality(kind: str | None) -> dict[str, float | None]:
+        watched = [[p["kept"] for p in row["locality"] if kind in (None, p["kind"])] for row in rows]
+        kept = [sum(some) / len(some) for some in watched if some]
+        low, high = bootstrap(kept, seed=seed)
+        return {"after": mean(kept), "low": low, "high": high}
+
+    summary["locality"] = locality(None)
+    named = sorted({p["kind"] for row in rows for p in row["locality"] if p["kind"]})
+    summary["locality_by_kind"] = {kind: locality(kind) for kind in named}
     summary["weight_change"] = {name: mean([row["norm"][name] for row in rows]) for name in rows[0]["norm"]}
-    summary["unrelated_kl"] = mean([p["kl"] for row in rows for p in row["locality"]])
-    answered = [p for row in rows for p in row["locality"] if p["answered"]]
-    right = [mean([float(p["right"][side]) for p in answered]) for side in (0, 1)]
-    summary["drawdown_acc"] = right[0] - right[1] if right[0] is not None and right[1] is not None else None
-    read = [] if labels else [row["prose"] for row in rows if "prose" in row] or answered
-    ppl = [_perplexity(read, side) for side in (0, 1)]
-    summary["perplexity"] = {"before": ppl[0], "after": ppl[1]}
-    summary["drawdown_ppl"] = ppl[1] - ppl[0] if ppl[0] is not None and ppl[1] is not None else None
+    summary |= _unrelated(rows, seed, labels)
     return summary
 
 
-def _perplexity(texts: Sequence[Mapping[str, Any]], side: int) -> float | None:
-    tokens = sum(text["tokens"] for text in texts)
-    if not tokens:
-        return None
-    return math.exp(min(700.0, sum(text["nll"][side] * text["tokens"] for text in texts) / tokens))  # e^710 overflows
+def _unrelated(rows: Sequence[Mapping[str, Any]], seed: int, labels: bool) -> dict[str, Any]:
+    """What happens to unrelated texts, those of all edits together; intervals are over edits."""
+    prose = [[row["prose"]] if "prose" in row else [] for row in rows]
+    answered = [[p for p in row["locality"] if p["answered"]] for row in rows]
+    both = [[*row["locality"], *passages] for row, passages in zip(rows, prose, strict=True)]
+    read = [] if labels else prose if any(prose) else answered
+
+    def spread(sums: Sequence[Sequence[float]], statistic: Callable[..., float]) -> tuple[float | None, list[float | None]]:
+        """A statistic of sums over edits, and its interval."""
+
+        def of(some: Sequence[Sequence[float]]) -> float:
+            return statistic(*map(sum, zip(*some, strict=True)))
+
+        return of(sums) if sums else None, [*interval(sums, of, seed=seed)]
+
+    kls = [(sum(p["kl"] for p in some), len(some)) for some in both if some]
+    rights = [(*(sum(p["right"][side] for p in some) for side in (0, 1)), len(some)) for some in answered if some]
+    nlls = [
+        (*(sum(p["nll"][side] * p["tokens"] for p in some) for side in (0, 1)), sum(p["tokens"] for p in some))
+        for some in read
+        if some
+    ]
+    summary: dict[str, Any] = {}
+    summary["unrelated_kl"], summary["unrelated_kl_interval"] = spread(kls, lambda total, count: total / count)
+    (was, _), (now, (low, high)) = (spread(rights, lambda *s, side=side: s[side] / s[2]) for side in (0, 1))
+    summary["unrelated_accuracy"] = {"before": was, "after": now, "low": low, "high": high}
+    summary["drawdown_acc"], summary["drawdown_acc_interval"] = spread(rights, lambda b, a, count: (b - a) / count)
+    (was, _), (now, (low, high)) = (spread(nlls, lambda *s, side=side: _perplexity(s[side], s[2])) for side in (0, 1))
+    summary["perplexity"] = {"before": was, "after": now, "low": low, "high": high}
+    summary["drawdown_ppl"], summary["drawdown_ppl_interval"] = spread(
+        nlls, lambda b, a, tokens: _perplexity(a, tokens) - _perplexity(b, tokens)
+    )
+    return summary
+
+
+def _perplexity(nll: float, tokens: float) -> float:
+    return math.exp(min(700.0, nll / tokens))  # e^710 overflows

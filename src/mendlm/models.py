@@ -84,7 +84,7 @@ def load(
     where the machine computes in it, else float32. `device` defaults to CUDA where there is one. `from_wheel` gives the
     starter's wheel as a file; `report` is told what is going on. Raises `ModelError` if the model cannot be had.
     """
-    where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = as_device(device)
     wanted = as_dtype(dtype, where)
     if str(source) == STARTER:
         if revision is not None:
@@ -106,6 +106,19 @@ def load(
         raise ModelError(f"cannot load the model '{source}': {first}") from None
     model.requires_grad_(False)
     return model.eval().to(where), tokenizer
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """A device by name, CUDA where there is one for None. Raises `InputError` for one that this machine does not have."""
+    try:
+        where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=where).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        have = "cpu" + "".join(f", cuda:{i}" for i in range(count))
+        problem = str(error).strip().split("\n")[0]
+        raise InputError(f"cannot use the device '{device}' ({problem}); this machine has {have}") from None
+    return where
 
 
 class _no_bars:

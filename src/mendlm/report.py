@@ -11,15 +11,71 @@ import html
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
 
 from mendlm.errors import FormatError, InputError, require
 from mendlm.files import read_json, storing, write_bytes
+from mendlm.metrics import FORMAT
+
+
+@dataclass(frozen=True)
+class Value:
+    """A mean over edits with its interval; None of nothing."""
+
+    after: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A number before and after."""
+
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of one edit."""
+
+    p50: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a report needs of a summary."""
+
+    data: str
+    method: str
+    chat: bool
+    sequential: bool
+    scale: float
+    num_edits: Annotated[int, pydantic.Field(ge=1)]
+    count: int
+    already_given: int
+    success: Value
+    success_of_new: Value
+    generality: Value
+    edit_success: Value
+    success_generated: Value
+    locality: Value
+    drawdown_acc: float | None
+    perplexity: Sides
+    edit_ms: Time
+    peak_memory_mb: float
+    drawdown_acc_interval: tuple[float | None, float | None] = (None, None)
+    drawdown_ppl_interval: tuple[float | None, float | None] = (None, None)
+
 
 COLUMNS = {
     "success": "success",
+    "success_of_new": "success of new",
     "generality": "generality",
     "edit_success": "ES",
     "success_generated": "success, generated",
@@ -30,17 +86,35 @@ COLUMNS = {
 
 def find(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Every summary under some folders, by data, method and number of edits. Raises `InputError` if there is none."""
-    cells = []
+    cells: dict[Path, dict[str, Any]] = {}
     for folder in folders:
-        paths = sorted(folder.rglob("summary.json"))
+        inside = (path for path in sorted(folder.rglob("summary.json")) if not _hidden(path.relative_to(folder)))
+        paths = [path.resolve() for path in inside]
         if not paths:
             raise InputError(f"{folder} holds no summary.json; give folders that `mendlm eval` or `compare` has written")
-        for path in paths:
-            cell = read_json(path)
-            if not isinstance(cell, dict) or not str(cell.get("format", "")).startswith("mendlm-summary-"):
-                raise FormatError(f"{path} is no summary of mendlm's")
-            cells.append(cell)
-    return sorted(cells, key=lambda cell: (cell["data"], cell["chat"], cell["method"], cell["num_edits"]))
+        cells |= {path: read(path) for path in paths}
+    return sorted(cells.values(), key=lambda cell: (cell["data"], cell["chat"], cell["method"], cell["num_edits"]))
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a path leads through a folder whose name begins with a dot, as one that is still being written has."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One summary. Raises `FormatError` if the file is damaged, or not a summary of this version's."""
+    content = read_json(path)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise FormatError(f"{path} is not a summary of the format {FORMAT}" + (f", but {found!r}" if found else ""))
+    try:
+        pydantic.TypeAdapter(Cell).validate_python(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FormatError(f"{path} is damaged, at '{where}': {first['msg']}; make it again") from None
+    cell: dict[str, Any] = content
+    return cell
 
 
 def write(cells: Sequence[dict[str, Any]], out: Path) -> list[Path]:
@@ -61,7 +135,8 @@ def write(cells: Sequence[dict[str, Any]], out: Path) -> list[Path]:
 
 def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     """The table's rows, the head first: the same cells whether they go into Markdown or a page."""
-    yield ["data", "method", "edits at once", "edits", *COLUMNS.values(), "drawdown, acc", "perplexity", "ms an edit"]
+    last = ("drawdown, acc", "perplexity", "ms an edit")
+    yield ["data", "method", "edits at once", "edits", "given already", *COLUMNS.values(), *last]
     for cell in cells:
         chat = ", chat" if cell["chat"] else ""
         ppl, acc, time = cell["perplexity"], cell["drawdown_acc"], cell["edit_ms"]["p50"]
@@ -71,16 +146,17 @@ def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             _name(cell, chat=False),
             f"{cell['num_edits']}{', in turn' if cell['sequential'] else ''}",
             f"{cell['count']:,}",
-            *(value(cell.get(name)) for name in COLUMNS),
+            f"{cell['already_given']:,}",
+            *(value(cell[name]) for name in COLUMNS),
             f"{acc:+.4f}" if acc is not None else "-",
             change,
             f"{time:.0f}" if time is not None else "-",
         ]
 
 
-def value(metric: dict[str, Any] | None) -> str:
+def value(metric: dict[str, Any]) -> str:
     """A mean with its 95 % interval, as a table shows it."""
-    if not metric or metric["after"] is None:
+    if None in (metric["after"], metric["low"], metric["high"]):
         return "-"
     return f"{metric['after']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})"
 
@@ -89,7 +165,7 @@ def table(cells: Sequence[dict[str, Any]], *, without: Sequence[str] = ()) -> st
     """All cells as a Markdown table, with 95 % intervals; `without` some of its columns."""
     head, *body = rows(cells)
     shown = [place for place, column in enumerate(head) if column not in without]
-    lines = [[line[place] for place in shown] for line in (head, ["---"] * len(head), *body)]
+    lines = [[line[place].replace("|", "\\|") for place in shown] for line in (head, ["---"] * len(head), *body)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -99,7 +175,7 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    for number, (data, mine) in enumerate(_by(cells, "data").items(), start=1):
+    for number, (data, mine) in enumerate(_by(cells, lambda cell: cell["data"]).items(), start=1):
         least = min(cell["num_edits"] for cell in mine)
         for name, x, label in (
             ("accuracy", _loss, "drawdown: accuracy lost on unrelated answers"),
@@ -110,8 +186,9 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
             if points:
                 figure, axis = plt.subplots(figsize=(7.5, 4))
                 for (cell, value), marker in zip(points, itertools.cycle("osD^v<>PX*"), strict=False):
-                    bars = _bars(cell["success"])
-                    axis.errorbar(value, cell["success"]["after"], bars, marker=marker, ls="", capsize=3, label=_name(cell))
+                    bars, across = _bars(cell["success"]), _across(cell, name, value)
+                    look: dict[str, Any] = {"marker": marker, "ls": "", "capsize": 3, "label": _name(cell)}
+                    axis.errorbar(value, cell["success"]["after"], bars, across, **look)
                 axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
                 axis.set(title=data, xlabel=label, ylabel="success", ylim=(-0.03, 1.05))
                 if max(value for _, value in points) > 10:  # one method far off would hide the others
@@ -119,16 +196,21 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
                 yield f"success-over-{name}-{number}", _png(figure)
         if len({cell["num_edits"] for cell in mine}) > 1:
             figure, axes = plt.subplots(1, 4, figsize=(15, 4), sharex=True)
-            for method, line in _by(mine, "method").items():
+            prose = all(cell["drawdown_acc"] is None for cell in mine)
+            for method, line in _by(mine, _name).items():
                 for axis, key in zip(axes, ("success", "generality", "locality"), strict=False):
                     shown = [cell for cell in line if cell[key]["after"] is not None]
                     counts, values = [c["num_edits"] for c in shown], [c[key]["after"] for c in shown]
                     bars = [[_bars(c[key])[side][0] for c in shown] for side in (0, 1)]
                     axis.errorbar(counts, values, yerr=bars, marker="o", capsize=3, label=method)
                     axis.set(title=key, ylim=(-0.03, 1.05))
-                lost = [(c["num_edits"], c["drawdown_acc"]) for c in line if c["drawdown_acc"] is not None]
-                axes[3].plot([n for n, _ in lost], [value for _, value in lost], marker="o")
-            axes[3].set(title="drawdown: accuracy lost")
+                lost = [(c, _rise(c) if prose else _loss(c)) for c in line]
+                found = [(c, value) for c, value in lost if value is not None]
+                spread = [_across(c, "perplexity" if prose else "accuracy", value) for c, value in found]
+                bars = [[one[side][0] for one in spread] for side in (0, 1)]
+                counts = [c["num_edits"] for c, _ in found]
+                axes[3].errorbar(counts, [value for _, value in found], yerr=bars, marker="o", capsize=3)
+            axes[3].set(title=f"drawdown: {'rise of the perplexity' if prose else 'accuracy lost'}")
             together = "in turn" if any(cell["sequential"] for cell in mine) else "at once"  # a single edit is neither
             for axis in axes:
                 axis.set(xlabel=f"edits {together}", xscale="log")
@@ -188,10 +270,10 @@ def draw_sweep(result: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def _by(cells: Sequence[dict[str, Any]], key: str) -> dict[str, list[dict[str, Any]]]:
+def _by(cells: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        groups.setdefault(cell[key], []).append(cell)
+        groups.setdefault(key(cell), []).append(cell)
     return groups
 
 
@@ -212,7 +294,18 @@ def _loss(cell: dict[str, Any]) -> float | None:
 
 def _rise(cell: dict[str, Any]) -> float | None:
     before, after = cell["perplexity"]["before"], cell["perplexity"]["after"]
-    return None if before is None else after / before - 1
+    return None if None in (before, after) else after / before - 1
+
+
+def _across(cell: dict[str, Any], name: str, value: float) -> list[list[float]]:
+    """Error bars of a drawdown; none where the summary, an older one, has no interval."""
+    acc, ppl = cell.get("drawdown_acc_interval"), cell.get("drawdown_ppl_interval")
+    low, high = (acc if name == "accuracy" else ppl) or (None, None)
+    if low is None or high is None:
+        return [[0.0], [0.0]]
+    if name == "perplexity":
+        low, high = low / cell["perplexity"]["before"], high / cell["perplexity"]["before"]
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 
 def _bars(value: dict[str, Any]) -> list[list[float]]:

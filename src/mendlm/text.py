@@ -182,7 +182,10 @@ class Formatter:
 
     def _label(self, target: str) -> int:
         if target.strip() not in self.labels:
-            raise InputError(f"this classifier has no label {target.strip()[:60]!r}; its labels are: {', '.join(self.labels)}")
+            raise InputError(
+                f"this classifier has no label {target.strip()[:60]!r}; its labels are: {', '.join(self.labels)}. It answers "
+                "with a label only: edit it with requests whose targets are labels, as those of the task 'fever'"
+            )
         return self.labels.index(target.strip())
 
     def batch(self, texts: Sequence[Encoded]) -> Batch:

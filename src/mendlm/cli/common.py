@@ -103,6 +103,8 @@ def read_settings(path: Path | None, settings: list[str]) -> tuple[dict[str, Any
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise InputError(f"the configuration file {path} does not exist") from None
+        except OSError as error:
+            raise InputError(f"the configuration {path} cannot be read: {error.strerror}; give a TOML file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not valid TOML: {error}") from None
     unknown = set(values) - {"editor", "training"}
@@ -130,6 +132,9 @@ def plain_settings(settings: list[str] | None) -> dict[str, Any]:
     """The key=value settings of a command that trains nothing. Raises `InputError` for one of an editor."""
     from mendlm.errors import InputError
 
+    for setting in settings or ():
+        if "=" not in setting:
+            raise InputError(f"--set {setting}: expected NAME=VALUE")
     editor, values = read_settings(None, settings or [])
     if editor:
         raise InputError(f"--set editor.{next(iter(editor))}: an editor's shape is settled when it is trained")
@@ -176,6 +181,14 @@ def editor_of(editor: str | None, source: str) -> str:
             "and name it with --editor RUN"
         )
     return editor or "starter"
+
+
+def known(method: str | None) -> None:
+    """Raise `InputError` for a method that does not exist, before anything is loaded."""
+    from mendlm.methods import method_types
+
+    if method is not None:
+        method_types(method)
 
 
 def open_method(

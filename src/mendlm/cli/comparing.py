@@ -41,14 +41,15 @@ def compare(
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
     from mendlm.checkpoint import parse_config, with_defaults
     from mendlm.evaluation import EvaluationConfig, evaluate
-    from mendlm.files import plain, read_json
-    from mendlm.methods import LEARNED, method_types
+    from mendlm.files import plain, storing
+    from mendlm.methods import LEARNED
     from mendlm.models import base_of
+    from mendlm.report import read
     from mendlm.tasks import load_edits, load_unrelated
 
     names, counts = _names(methods), _counts(num_edits)
     for name in names:
-        method_types(name)  # a wrong name is said before anything is loaded
+        common.known(name)
     runs = _editors(editors or [], names, counts)
     for name in names:
         if name in LEARNED and not all((name, count) in runs for count in counts):
@@ -61,49 +62,60 @@ def compare(
         raise InputError("give the numbers of edits at once by --num-edits 1,5,25")
     config = parse_config(EvaluationConfig, {"chat": chat, "sequential": sequential, "seed": seed, **of_evaluation})
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
+    if max(counts) > len(requests.examples):
+        raise InputError(f"{requests.name} has {len(requests.examples)} requests, fewer than {max(counts)} edits at once")
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     loaded, tokenizer = common.open_model(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
     base = base_of(loaded)
-    folders = []
-    for name in names:
-        for count in counts:
-            folder = out / "cells" / f"{name}-{count}"
-            folders.append(folder)
-            own_config = replace(config, num_edits=count, sequential=config.sequential and count > 1)
-            run, own, scored = runs.get((name, count)), values.get(name, {}), len(requests.examples)
-            chosen, trained = common.open_method(name, own, run, model, loaded, tokenizer, unrelated, scored=scored)
-            cell: dict[str, Any] = {
-                "model_sha256": base["sha256"],
-                "dtype": base["dtype"],
-                "data_sha256": requests.sha256,
-                "requests": len(requests.examples),
-                "locality": [source.sha256 for source in unrelated],
-                "evaluation": asdict(own_config),
-                "method": asdict(chosen.config),
-                "editor": trained.get("sha256"),
-            }
-            if (folder / "summary.json").is_file():
-                found = read_json(folder / "summary.json").get("cell") or {}
-                if {**found, "method": with_defaults(type(chosen.config), found.get("method", {}))} != plain(cell):
-                    raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
-                common.note(f"{name}, {count} together: done before")
-                continue
-            with common.progress(f"{name}, {count} together") as show:
-                results = evaluate(
-                    chosen,
-                    chosen.specs,
-                    loaded,
-                    tokenizer,
-                    requests,
-                    own_config,
-                    locality=unrelated,
-                    about={"command": common.command_line(sys.argv), "cell": plain(cell)},
-                    callback=show,
-                )
-            results.save(folder)
-    _publish(folders, out, json_output)
+
+    def open_cell(name: str, count: int) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
+        """A method, how it is scored, and all that its results depend on."""
+        own_config = replace(config, num_edits=count, sequential=config.sequential and count > 1)
+        run, own, scored = runs.get((name, count)), values.get(name, {}), len(requests.examples)
+        chosen, trained = common.open_method(name, own, run, model, loaded, tokenizer, unrelated, scored=scored)
+        cell = {
+            "model_sha256": base["sha256"],
+            "dtype": base["dtype"],
+            "data_sha256": requests.sha256,
+            "requests": len(requests.examples),
+            "locality": [source.sha256 for source in unrelated],
+            "evaluation": asdict(own_config),
+            "method": asdict(chosen.config),
+            "editor": trained.get("sha256"),
+        }
+        return chosen, own_config, plain(cell)
+
+    cells = {(name, count): out / "cells" / f"{name}-{count}" for name in names for count in counts}
+    left = []
+    for (name, count), folder in cells.items():  # all are opened once first, so that what is wrong is said before the work
+        chosen, _, cell = open_cell(name, count)
+        if (folder / "summary.json").exists():
+            found = read(folder / "summary.json").get("cell") or {}
+            if {**found, "method": with_defaults(type(chosen.config), found.get("method", {}))} != cell:
+                raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
+            common.note(f"{name}, {count} together: done before")
+        else:
+            left.append((name, count))
+    with storing(out):
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+    for name, count in left:
+        chosen, own_config, cell = open_cell(name, count)
+        with common.progress(f"{name}, {count} together") as show:
+            results = evaluate(
+                chosen,
+                chosen.specs,
+                loaded,
+                tokenizer,
+                requests,
+                own_config,
+                locality=unrelated,
+                about={"command": common.command_line(sys.argv), "cell": cell},
+                callback=show,
+            )
+        results.save(cells[name, count], force=True)  # there are no results there, at most what is left of some
+    _publish(list(cells.values()), out, json_output)
 
 
 def report(
@@ -124,7 +136,10 @@ def _publish(folders: list[Path], out: Path, json_output: bool) -> None:
 
 
 def _names(methods: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
+    if not names:
+        raise InputError("--methods names no method; give some with commas between, as mend,ft,ft-kl")
+    return names
 
 
 def _counts(text: str) -> list[int]:
@@ -134,7 +149,7 @@ def _counts(text: str) -> list[int]:
         counts = [0]
     if min(counts) < 1:
         raise InputError(f"--num-edits {text}: expected whole numbers of at least 1, with commas between, as 1,5,25")
-    return counts
+    return list(dict.fromkeys(counts))
 
 
 def _editors(given: list[str], names: list[str], counts: list[int]) -> dict[tuple[str, int], str]:

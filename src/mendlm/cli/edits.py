@@ -93,6 +93,7 @@ def edit(
 
     refuse_existing(out, force=force)
     values = common.plain_settings(settings)
+    common.known(method)
     if locality and method != "ft-kl":
         raise InputError("--locality gives texts that the method 'ft-kl' watches; no other method reads them")
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
@@ -106,7 +107,9 @@ def edit(
     )
     chosen, about = common.open_method(method, values, editor, model, loaded, tokenizer, unrelated, force=force)
     opened = Editor(chosen, loaded, tokenizer, about)
-    how: dict[str, Any] = {"scale": scale, "chat": chat, "target_end": target_end}
+    how: dict[str, Any] = {"chat": chat, "target_end": target_end}
+    given = sum(opened.already_given(requests, **how))
+    how["scale"] = scale
     if data is None:
         opened.edit_many(requests, **how)[0].save(out, force=force)
         folders = [out]
@@ -119,8 +122,16 @@ def edit(
                     one.save(temporary / names[number])
                     show(number + 1, len(requests))
         folders = [out / name for name in names]
-    content = {"out": str(out), "edits": [str(folder) for folder in folders], "count": len(folders), "skipped": skipped}
+    content = {
+        "out": str(out),
+        "edits": [str(folder) for folder in folders],
+        "count": len(folders),
+        "skipped": skipped,
+        "already_given": given,
+    }
     text = f"{len(folders)} edits in {out}" if data is not None else f"the edit is in {out}"
+    if given:
+        common.note(f"{given} of {len(folders)} targets are what the model answers already")
     common.emit(json_output, content, f"{text} ({skipped} malformed records skipped)" if skipped else text)
 
 
@@ -163,13 +174,11 @@ def export(
     dtype: Annotated[str | None, typer.Option("--dtype", help="Store the adapter in this dtype (default: as it is).")] = None,
 ) -> None:
     """Write one or several edits as one PEFT LoRA adapter."""
-    import torch
-
     from mendlm.apply import Edit
     from mendlm.export import export_peft
-    from mendlm.models import as_dtype
+    from mendlm.models import as_device, as_dtype
 
-    where = torch.device(device or "cpu")
+    where = as_device(device or "cpu")
     edits = [Edit.load(folder).to(where) for folder in folders]
     if dtype is not None:
         edits = [one.to(as_dtype(dtype, where)) for one in edits]

@@ -197,6 +197,7 @@ def evaluate(
 ) -> None:
     """Edit and score every request; writes results.jsonl (a row an edit) and summary.json."""
     values = common.plain_settings(settings)
+    common.known(method)
 
     from mendlm.checkpoint import parse_config
     from mendlm.evaluation import EvaluationConfig
@@ -234,13 +235,17 @@ def evaluate(
         common.emit(True, results.summary, "")
         return
     rows = []
-    for name in ("success", "generality", "success_generated", "generality_generated", "locality"):
+    names = ("success", "success_of_new", "generality", "success_generated", "generality_generated", "locality")
+    for name in (*names, "unrelated_accuracy", "perplexity"):
         value = results.summary[name]
         interval = f"{value['low']:.3f} to {value['high']:.3f}" if value["low"] is not None else "-"
         shown = [f"{value[side]:.3f}" if value.get(side) is not None else "-" for side in ("before", "after")]
         rows.append([name, *shown, interval])
-    for name in ("drawdown_acc", "drawdown_ppl"):
+    for name in ("drawdown_acc", "drawdown_ppl", "unrelated_kl"):
         if results.summary[name] is not None:
-            rows.append([name, "-", f"{results.summary[name]:+.4f}", "-"])
-    common.table(f"{results.summary['count']} edits of {requests.name}", ("", "before", "after", "95 % interval"), rows)
+            low, high = results.summary[f"{name}_interval"]
+            rows.append([name, "-", f"{results.summary[name]:+.4f}", f"{low:+.4f} to {high:+.4f}"])
+    given = results.summary["already_given"]
+    told = f", {given} of whose targets the model gives already" if given else ""
+    common.table(f"{results.summary['count']} edits of {requests.name}{told}", ("", "before", "after", "95 % interval"), rows)
     common.note(f"written to {out}")

@@ -32,6 +32,8 @@ def load(source: str, *, skip_bad: bool = False) -> Dataset:
         dataset = task.load(file, skip_bad=skip_bad)
     except RecordError as error:
         looks = "" if _begins(task, file) and not task.prose else _looks(file)
+        if not looks and error.line == 1 and not _is_json(file):
+            looks = f"does not hold JSON; if it is plain text, use it as --locality text:{file}"
         if not looks:
             raise
         raise RecordError(error.path, error.line, error.field, f"{error.problem}; the file {looks}") from None
@@ -43,11 +45,16 @@ def load(source: str, *, skip_bad: bool = False) -> Dataset:
 
 def _looks(path: Path) -> str:
     """What a file of records looks like, and how to name it, by its first record; empty where no task reads it."""
-    with path.open("rb") as file:
-        if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"{", b"["):
-            return ""
+    if not _is_json(path):
+        return ""
     names = [task.name for task in TASKS.values() if not task.prose and _begins(task, path)]
     return "looks like " + " or ".join(f"the task '{name}': use {name}:{path}" for name in names) if names else ""
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file begins as records do."""
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
 
 
 def _begins(task: Task, path: Path) -> bool:

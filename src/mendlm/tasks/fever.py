@@ -107,5 +107,9 @@ def _said(fields: Fields) -> str:
     """The base model's answer, by its logit."""
     logit = fields.record.get("logit")
     if isinstance(logit, bool) or not isinstance(logit, int | float) or not math.isfinite(logit):
-        raise fields.error("logit", f"expected a number, the base model's logit of SUPPORTS, got {logit!r}")
+        raise fields.error(
+            "logit",
+            f"expected a number, the base model's logit of SUPPORTS, got {logit!r}; claims without it are read from the "
+            "fields 'claim' and 'label'",
+        )
     return LABELS[0] if logit > 0 else LABELS[1]
