@@ -1,12 +1,25 @@
 #!/usr/bin/env bash
-# Train the starter editor as it is shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--resume] [--seed N]
-# DATA_DIR holds the files that benchmarks/prepare/data.py checks.
+# Train the starter editor as it is shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
+# DATA_DIR holds the files that benchmarks/prepare/data.py checks. The first of two trainings lies in RUN-first. What was
+# interrupted goes on when the same command is given again.
 set -euo pipefail
-here=$(dirname "$0") data=$1 run=$2 cache=$3
+here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
+
+prepare() { # SCRIPT FILE
+    [ -f "$cache/$2" ] || python "$here/../benchmarks/prepare/$1" --data-dir "$data" --out "$cache/$2"
+}
+
+train() { # RUN CONFIG REQUESTS options...
+    local zsre="zsre:$data/zsre-train.json" resume=()
+    [ ! -f "$1/checkpoint.safetensors" ] || resume=(--resume)
+    mendlm train --model starter --config "$here/$2" --out "$1" --trunk-cache "$cache" \
+        --data "$3" --data "$zsre" --data "$zsre" --data "$zsre" --data "records:$cache/nq-requests.jsonl" \
+        --locality "nq:$data/nq-open-dev.jsonl" --locality "text:$data/wikitext-2-a.txt" \
+        "${resume[@]}" "${options[@]}" "${@:4}"
+}
+
 mkdir -p "$cache"
-python "$here/../benchmarks/prepare/questions.py" --data-dir "$data" --out "$cache/nq-requests.jsonl"
-zsre="zsre:$data/zsre-train.json"
-mendlm train --model starter --config "$here/starter.toml" --out "$run" --trunk-cache "$cache" \
-    --data "counterfact:$data/counterfact-train.json" --data "$zsre" --data "$zsre" --data "$zsre" \
-    --data "records:$cache/nq-requests.jsonl" \
-    --locality "nq:$data/nq-open-dev.jsonl" --locality "text:$data/wikitext-2-a.txt" "${@:4}"
+prepare questions.py nq-requests.jsonl
+prepare continuations.py counterfact-continued.jsonl
+train "$run-first" starter.toml "counterfact:$data/counterfact-train.json"
+train "$run" starter-continued.toml "records:$cache/counterfact-continued.jsonl" --from "$run-first"
