@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the starter editor as it is shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
-# DATA_DIR holds the files that benchmarks/prepare/data.py checks. The first of two trainings lies in RUN-first. What was
-# interrupted goes on when the same command is given again.
+# DATA_DIR holds the files that benchmarks/prepare/data.py checks. The first two of three trainings lie in RUN-first and
+# RUN-second. What was interrupted goes on when the same command is given again.
 set -euo pipefail
 here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
 
@@ -22,4 +22,5 @@ mkdir -p "$cache"
 prepare questions.py nq-requests.jsonl
 prepare continuations.py counterfact-continued.jsonl
 train "$run-first" starter.toml "counterfact:$data/counterfact-train.json"
-train "$run" starter-continued.toml "records:$cache/counterfact-continued.jsonl" --from "$run-first"
+train "$run-second" starter-continued.toml "records:$cache/counterfact-continued.jsonl" --from "$run-first"
+train "$run" starter-chat.toml "records:$cache/counterfact-continued.jsonl" --from "$run-second"

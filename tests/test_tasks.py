@@ -41,7 +41,7 @@ RECORD = {
     "rephrasings": ["Who is its author?"],
     "unrelated": [{"prompt": "Who reads it?"}, {"prompt": "When?", "answer": "Now"}],
     "subject": "it",
-    "portability": [{"prompt": "Where does its author live?", "answer": "Rome"}],
+    "portability": [{"prompt": "Where does its author live?", "answer": "Rome", "kind": "one_hop"}],
 }
 NQ = {"question": "who sang the long song", "answer": ["The Singers", "Singers"]}
 
@@ -60,7 +60,7 @@ EXPECTED = {
         old="Bo Rask",
         rephrasings=("What is the name of Tall Tower's architect?",),
         unrelated=(Probe("who sang the long song?", "The Singers"),),
-        portability=(Probe("Where was Tall Tower's architect born?", "Oslo"),),
+        portability=(Probe("Where was Tall Tower's architect born?", "Oslo", "one_hop"),),
         subject="Tall Tower",
         question=True,
     ),
@@ -69,7 +69,7 @@ EXPECTED = {
         target="Cy Dow",
         rephrasings=("Who is its author?",),
         unrelated=(Probe("Who reads it?"), Probe("When?", "Now")),
-        portability=(Probe("Where does its author live?", "Rome"),),
+        portability=(Probe("Where does its author live?", "Rome", "one_hop"),),
         subject="it",
         question=True,
     ),
@@ -171,6 +171,7 @@ BAD = [
     ("records", {"unrelated": [{"prompt": "p"}, {}]}, "unrelated[1].prompt"),
     ("records", {"unrelated": [{"prompt": "p", "answer": 3}]}, "unrelated[0].answer"),
     ("records", {"portability": [{"prompt": "p"}]}, "portability[0].answer"),
+    ("records", {"unrelated": [{"prompt": "p", "kind": 3}]}, "unrelated[0].kind"),
     ("records", {"prompt": "half \ud83d of a pair"}, "prompt"),
     ("nq", {"question": None}, "question"),
     ("nq", {"answer": None}, "answer"),

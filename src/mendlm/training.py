@@ -76,7 +76,8 @@ class TrainConfig:
     """Share of requests whose unrelated text is their own prompt and target, where that has no end: what follows an edited
     answer stays as the base model would have it."""
     chat_share: float = 0.0
-    """Share of requests, with their rephrasings, and of unrelated texts posed as chat turns, for instruct models."""
+    """Share of requests, with their rephrasings, posed as chat turns, for instruct models. Half of the unrelated texts take their
+    request's form, the others are chat turns by this share."""
     target_end: TargetEnd = "auto"
     """Whether targets end with the end-of-answer token: `auto` does so for question tasks and in chat turns."""
     normalizer_examples: int = 512
@@ -150,7 +151,8 @@ def draw(
     if not probes:
         return Drawn(edit, rephrasing, None)
     probe = rng.choice(probes)
-    unrelated = formatter.encode(probe.prompt, probe.answer, chat=rng.random() < config.chat_share)
+    same_form, other_form = rng.random() < 0.5, rng.random() < config.chat_share
+    unrelated = formatter.encode(probe.prompt, probe.answer, chat=chat if same_form else other_form)
     extra = len(unrelated.target) - config.locality_tokens
     if extra > 0:  # a run of the answer, from a random place; a decoder that starts from nothing keeps its beginning
         start = rng.randint(0, extra) if formatter.family == "causal" else 0

@@ -136,7 +136,7 @@ class Fields:
         return [self.inside(f"{field}[{i}]", value) for i, value in enumerate(self._list(field))]
 
     def probes(self, field: str, *, answered: bool = False) -> tuple[Probe, ...]:
-        """A list of `{"prompt", "answer"?}` objects; absent means none."""
+        """A list of `{"prompt", "answer"?, "kind"?}` objects; absent means none."""
         probes = []
         for index, value in enumerate(self._list(field)):
             if not isinstance(value, dict):
@@ -145,7 +145,8 @@ class Fields:
             answer = value.get("answer")
             if answer is not None or answered:
                 answer = self._check(f"{field}[{index}].answer", answer)
-            probes.append(Probe(prompt, answer))
+            kind = value.get("kind")
+            probes.append(Probe(prompt, answer, kind if kind is None else self._check(f"{field}[{index}].kind", kind)))
         return tuple(probes)
 
     def _list(self, field: str) -> list[Any]:

@@ -2,7 +2,7 @@
 
 Flat, as prepared for MEND: `src` (the question), `alt` (the edit target), `rephrase`, `loc` with `loc_ans` (an unrelated
 question, often with the prefix "nq question: "); `subject`, `pred`, `answers` (the truth) and `cond` may be there.
-`portability` with "New Question" and "New Answer" is read where present.
+`portability` with "New Question" and "New Answer" is read where present; its answer follows from the edit in one step.
 
 KILT style: `input` (the question), `alternatives` (one of them, chosen by a hash, is the edit target),
 `filtered_rephrases`, `output` (objects with the true `answer`); `prediction` may be there. The unrelated question of a
@@ -61,7 +61,7 @@ def _flat(fields: Fields) -> EditExample:
         if not isinstance(given, dict):
             raise fields.error("portability", f"expected an object with fields, got {type(given).__name__}")
         inner = Fields(fields.path, fields.line, given)
-        portability = (Probe(inner.text("New Question"), inner.text("New Answer")),)
+        portability = (Probe(inner.text("New Question"), inner.text("New Answer"), "one_hop"),)
     return EditExample(
         prompt=fields.text("src"),
         target=fields.text("alt"),
