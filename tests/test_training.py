@@ -201,7 +201,9 @@ def test_an_unrelated_text_mostly_has_its_request_s_form_and_is_seen_in_the_othe
     form, config, rng = Formatter.of(tiny("llama"), byte_tokenizer()), TrainConfig(chat_share=0.2), random.Random(0)
     drawn = [draw(example(0), ELSEWHERE.probes, form, config, rng) for _ in range(1000)]
     chats = [[form.decode(text.prompt).startswith("[user]") for text in (d.edit, d.unrelated) if text] for d in drawn]
-    shares = [sum(other for own, other in chats if own == chat) / sum(own == chat for own, _ in chats) for chat in (True, False)]
+    shares = [
+        sum(other for own, other in chats if own == chat) / sum(own == chat for own, _ in chats) for chat in (True, False)
+    ]
     assert shares == pytest.approx([0.6, 0.1], abs=0.08)  # half of them, and of the other half a fifth
 
 

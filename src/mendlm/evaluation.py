@@ -28,7 +28,7 @@ from mendlm.errors import InputError
 from mendlm.files import new_folder, plain, write_bytes, write_json
 from mendlm.layers import LayerSpec
 from mendlm.losses import all_by_row, mean_by_row, token_kl, token_nll
-from mendlm.methods.base import Learned, Method
+from mendlm.methods.base import Learned, Method, in_order
 from mendlm.models import base_of
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
@@ -139,7 +139,7 @@ class Evaluator:
 
         groups = by_length([len(text) for text in texts], limit=self.config.batch_size)
         made = self.method.together([(group, functools.partial(parts, group)) for group in groups], together)
-        return (made * self.config.scale).require_finite()
+        return (in_order(made) * self.config.scale).require_finite()
 
     @torch.no_grad()
     def _edit_in_turn(self, texts: list[Encoded]) -> tuple[Edit, list[tuple[bool, bool]]]:

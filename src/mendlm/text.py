@@ -251,7 +251,13 @@ class Formatter:
         config.update(max_new_tokens=max_new_tokens + given, pad_token_id=self.tokenizer.pad_token_id or 0)
         if config.eos_token_id is None:
             config.eos_token_id = self.tokenizer.eos_token_id
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        # transformers gives the head the last position of a prompt as a slice; in bf16 on a CPU that takes 300 times longer
+        # than the same numbers side by side (torch 2.13: 4.7 s instead of 15 ms for 64 prompts).
+        handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        try:
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        finally:
+            handle.remove()
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         answers = []
         for tokens in (out[:, ids.shape[1] :] if self.family == "causal" else out[:, len(self.start) :]).tolist():

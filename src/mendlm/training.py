@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import random
 import time
@@ -27,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mendlm.apply import Edit
+from mendlm.apply import Edit, join
 from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, require
 from mendlm.files import locked, plain, refuse_existing
@@ -76,8 +77,8 @@ class TrainConfig:
     """Share of requests whose unrelated text is their own prompt and target, where that has no end: what follows an edited
     answer stays as the base model would have it."""
     chat_share: float = 0.0
-    """Share of requests, with their rephrasings, posed as chat turns, for instruct models. Half of the unrelated texts take their
-    request's form, the others are chat turns by this share."""
+    """Share of requests, with their rephrasings, posed as chat turns, for instruct models. Half of the unrelated texts take
+    their request's form, the others are chat turns by this share."""
     target_end: TargetEnd = "auto"
     """Whether targets end with the end-of-answer token: `auto` does so for question tasks and in chat turns."""
     normalizer_examples: int = 512
@@ -180,26 +181,32 @@ def outer_loss(
             return method.parts(model, batch)
 
     # Where many requests are edited at once, memory is to hold few texts at a time.
-    limit = RECORDED if config.num_edits > RECORDED else None
+    limit, k = RECORDED if config.num_edits > RECORDED else None, config.num_edits
     passes: list[tuple[str, list[int], Batch, Any]] = []
     for group in by_length([len(d.edit) for d in drawn], limit=limit):
         batch = formatter.batch([drawn[i].edit for i in group])
         passes.append(("success", group, batch, trunk.run(model, batch.inputs)))
     groups = [(group, functools.partial(parts, batch, tape)) for _, group, batch, tape in passes]
-    made, change = method.together(groups, config.num_edits), method.changed_base()
+    made, change = method.together(groups, k), method.changed_base()
+    home = {number: (b, place) for b, (numbers, _) in enumerate(made) for place, number in enumerate(numbers)}
     for name, texts in (("generality", [d.rephrasing for d in drawn]), ("locality", [d.unrelated for d in drawn])):
         watched = [(i, text) for i, text in enumerate(texts) if text is not None]
         for positions in by_length([len(text) for _, text in watched], limit=limit):
-            batch = formatter.batch([watched[p][1] for p in positions])
-            passes.append((name, [watched[p][0] for p in positions], batch, trunk.run(model, batch.inputs)))
+            some = sorted((watched[p] for p in positions), key=lambda one: home[one[0] // k])
+            batch = formatter.batch([text for _, text in some])
+            passes.append((name, [i for i, _ in some], batch, trunk.run(model, batch.inputs)))
 
-    edit, changed = made.leaves(), change.leaves() if change is not None else None
-    pairs = [(t, leaf) for t, leaf in zip(_tensors(made, change), _tensors(edit, changed), strict=True) if leaf.requires_grad]
-    slopes = [torch.zeros_like(leaf) for _, leaf in pairs]
+    leaves, changed = [edit.leaves() for _, edit in made], change.leaves() if change is not None else None
+    pairs = list(zip(_tensors(*(edit for _, edit in made), change), _tensors(*leaves, changed), strict=True))
+    pairs = [(tensor, leaf) for tensor, leaf in pairs if leaf.requires_grad]
     zero = torch.zeros((), device=formatter.device)
     sums = dict.fromkeys(("edit_loss", "locality_loss", "success", "generality", "locality"), zero)
     for name, group, batch, tape in passes:
-        routing = torch.tensor(group, device=formatter.device) // config.num_edits
+        # Under the edits that its texts need and no others: a pass pays for their rows alone.
+        needed = sorted({i // k for i in group}, key=home.__getitem__)
+        edit = join([leaves[b][index] for b, index in _places([home[number] for number in needed], formatter.device)])
+        order = [needed.index(i // k) for i in group]
+        routing = None if order == list(range(len(needed))) else torch.tensor(order, device=formatter.device)
         with trunk.replay(tape):
             if name == "locality":
                 with torch.no_grad():
@@ -216,17 +223,22 @@ def outer_loss(
             loss = token_nll(logits, batch.label, batch.row, batch.size).sum() / 2
             right = (found == batch.label) | batch.is_end
         if loss.requires_grad:
-            found_slopes = torch.autograd.grad(weight * loss, [leaf for _, leaf in pairs], allow_unused=True)
-            slopes = [a if b is None else a + b for a, b in zip(slopes, found_slopes, strict=True)]
+            torch.autograd.backward(weight * loss, inputs=[leaf for _, leaf in pairs])
         sums[kind] = sums[kind] + loss.detach()
         sums[name] = sums[name] + all_by_row(right, batch.row, batch.size).sum()
     total = config.edit_weight * sums["edit_loss"] + config.locality_weight * sums["locality_loss"]
-    linear = sum(((tensor * slope).sum() for (tensor, _), slope in zip(pairs, slopes, strict=True)), start=zero)
+    linear = sum(((tensor * leaf.grad).sum() for tensor, leaf in pairs if leaf.grad is not None), start=zero)
     return total + (linear - linear.detach()), {"loss": total, **sums}
 
 
 def _tensors(*edits: Edit | None) -> list[Tensor]:
     return [tensor for edit in edits if edit is not None for tensor in edit.tensors()]
+
+
+def _places(homes: Sequence[tuple[int, int]], device: torch.device) -> list[tuple[int, Tensor]]:
+    """Of sorted (batch, place) pairs, each batch with its places."""
+    runs = itertools.groupby(homes, key=lambda home: home[0])
+    return [(b, torch.tensor([place for _, place in run], device=device)) for b, run in runs]
 
 
 class Trainer:

@@ -17,6 +17,9 @@ from mendlm.losses import token_nll
 from mendlm.recording import Gradient, record
 from mendlm.text import Batch, scored_logits
 
+Group = tuple[Sequence[int], Callable[[], Edit]]
+"""Requests by number, and the function that makes their parts."""
+
 
 class Method(ABC):
     """An algorithm that turns requests into a change of the model."""
@@ -49,11 +52,16 @@ class Method(ABC):
         """One edit for each `size` consecutive parts, for requests that are edited at once: here their sum."""
         return parts.grouped(size)
 
-    def together(self, groups: Sequence[tuple[Sequence[int], Callable[[], Edit]]], size: int) -> Edit:
-        """One edit for each `size` consecutive requests. Each group names its requests, and makes their parts when called."""
-        parts = join([make() for _, make in groups])
-        order = torch.tensor([request for requests, _ in groups for request in requests], device=parts.tensors()[0].device)
-        return self.combine(parts[order.argsort()], size)
+    def together(self, groups: Sequence[Group], size: int) -> list[tuple[list[int], Edit]]:
+        """One edit for each `size` consecutive requests: batches of edits, each with the numbers of those it holds, in order.
+
+        Each group names its requests, and makes their parts when called. Single requests stay in their groups, and so without
+        padding to the longest of all.
+        """
+        if size == 1:
+            return [(list(requests), self.combine(make(), 1)) for requests, make in groups]
+        edits = self.combine(in_order([(requests, make()) for requests, make in groups]), size)
+        return [(list(range(len(edits))), edits)]
 
     def changed_base(self) -> Edit | None:
         """What the method has changed of the model itself. Its edits are made and used on top of that; most have none."""
@@ -117,6 +125,13 @@ class Learned(nn.Module, Method):
                     f"the editor was trained for '{spec.name}' of shape {spec.shape}, but this model {has}; "
                     "use the model it was trained for, or train an editor for this one"
                 )
+
+
+def in_order(batches: Sequence[tuple[Sequence[int], Edit]]) -> Edit:
+    """Batches of edits, each with its edits' numbers, as one batch in the order of the numbers."""
+    edits = join([batch for _, batch in batches])
+    order = torch.tensor([number for numbers, _ in batches for number in numbers], device=edits.tensors()[0].device)
+    return edits[order.argsort()]
 
 
 def transposed(specs: Sequence[LayerSpec]) -> frozenset[str]:

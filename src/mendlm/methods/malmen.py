@@ -32,7 +32,7 @@ from mendlm.apply import Edit
 from mendlm.errors import InputError
 from mendlm.layers import LayerSpec
 from mendlm.lowrank import LowRank
-from mendlm.methods.base import transposed
+from mendlm.methods.base import Group, transposed
 from mendlm.methods.network import NetworkConfig, RowEditor
 from mendlm.text import Batch
 
@@ -87,7 +87,7 @@ class Malmen(RowEditor):
             updates[spec.name] = fitted(u, wanted, damping) if few else solved(sums(u, wanted), damping).to(u.dtype)
         return replace(parts, updates=updates)
 
-    def together(self, groups: Sequence[tuple[Sequence[int], Callable[[], Edit]]], size: int) -> Edit:
+    def together(self, groups: Sequence[Group], size: int) -> list[tuple[list[int], Edit]]:
         """As `combine` of all parts; of many requests at once, the parts of one group at a time."""
         if size < self.config.decoupled_from:
             return super().together(groups, size)
@@ -104,7 +104,7 @@ class Malmen(RowEditor):
         updates = {}
         for spec, both, damping in zip(self.specs, totals, self.log_damping.exp(), strict=True):
             updates[spec.name] = solved(both, damping).to(self.log_rates.dtype)
-        return Edit(updates, transposed(self.specs))
+        return [(list(range(edits)), Edit(updates, transposed(self.specs)))]
 
     def _sums(self, make: Callable[[], Edit], owner: Tensor, edits: int) -> list[Tensor]:
         """`U^T [U, D]` of each layer, (edits, d_in, d_in + d_out), over the parts that belong to each edit, in float64."""
