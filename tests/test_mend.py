@@ -242,8 +242,8 @@ def test_networks_are_shared_by_shape_and_rates_are_per_layer():
 
 def test_only_the_identity_start_leaves_its_input_alone():
     z = torch.randn(2, 5, 8, generator=cases.generator())
-    assert torch.equal(EditorNet(8, 2, 3, "identity")(z), z)
-    assert not torch.equal(EditorNet(8, 2, 3, "xavier")(z), z)
+    assert torch.equal(EditorNet(8, 2, 3, "identity")(z, 1), z)
+    assert not torch.equal(EditorNet(8, 2, 3, "xavier")(z, 1), z)
 
 
 def test_an_editor_fits_only_its_model():

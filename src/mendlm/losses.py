@@ -8,10 +8,16 @@ Legend: `logits` (scored, vocab), `label` and `row` (scored,); results (size,).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+POSITIONS = 64
+"""Positions whose whole vocabulary is held in float32 at a time."""
 
 
 def _precise(logits: Tensor) -> Tensor:
@@ -40,9 +46,36 @@ def token_nll(
 def token_kl(
     base: Float[Tensor, "scored vocab"], edited: Float[Tensor, "scored vocab"], row: Int[Tensor, "scored"], size: int
 ) -> Float[Tensor, "size"]:
-    """`KL(p_base || p_edited)` of each example, mean over its scored positions: the paper's `L_loc`."""
-    log_base, log_edited = _precise(base).log_softmax(-1), _precise(edited).log_softmax(-1)
-    return mean_by_row((log_base.exp() * (log_base - log_edited)).sum(-1), row, size)
+    """`KL(p_base || p_edited)` of each example, mean over its scored positions: the paper's `L_loc`.
+
+    Differentiable once, in `edited`. Of the vocabulary's float32 numbers it holds those of a few positions at a time.
+    """
+    kl: Tensor = _KL.apply(base, edited)  # type: ignore[no-untyped-call]
+    return mean_by_row(kl, row, size)
+
+
+class _KL(torch.autograd.Function):
+    """The KL of each position; its slope, `p_edited - p_base`, is kept in the logits' own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, edited: Tensor) -> Tensor:
+        kl = _precise(edited[:, 0]).clone()
+        slope = torch.empty_like(edited) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(edited), POSITIONS):
+            some = slice(start, start + POSITIONS)
+            log_base, log_edited = _precise(base[some]).log_softmax(-1), _precise(edited[some]).log_softmax(-1)
+            p = log_base.exp()
+            kl[some] = (p * (log_base - log_edited)).sum(-1)
+            if slope is not None:
+                slope[some] = log_edited.exp_().sub_(p)
+        ctx.save_for_backward(slope)
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, slope * weights.to(slope.dtype).unsqueeze(-1)
 
 
 def bernoulli_nll(logits: Float[Tensor, "size"], label: Float[Tensor, "size"]) -> Float[Tensor, "size"]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mendlm.errors import InputError, ModelError, require
 from mendlm.files import hash_tensor, new_folder, read_json, sha256, write_json, write_tensors
@@ -86,26 +87,69 @@ def load(
     """
     where = as_device(device)
     wanted = as_dtype(dtype, where)
-    if str(source) == STARTER:
-        if revision is not None:
-            raise InputError("the starter model has one revision; leave --revision out")
-        source = starter_folder(from_wheel=from_wheel, report=report)
-    elif from_wheel is not None:
-        raise InputError("--from-wheel gives the starter model's wheel; it goes with the model 'starter' only")
+    source = _source(source, revision, from_wheel, report)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     report(f"loading {source}")
-    try:
+    with _readable(source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         with _no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
+    model.requires_grad_(False)
+    return model.eval().to(where), tokenizer
+
+
+def skeleton(
+    source: str | Path = STARTER,
+    *,
+    revision: str | None = None,
+    from_wheel: str | Path | None = None,
+    report: Report = lambda message: None,
+) -> Any:
+    """A model of fake bf16 weights, which have shapes and no memory, of the configuration alone: to plan with.
+
+    Arguments and errors as those of `load`.
+    """
+    source = _source(source, revision, from_wheel, report)
+    with _readable(source):
+        return fake_model(transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False))
+
+
+def tokenizer_of(source: str | Path = STARTER, *, revision: str | None = None, from_wheel: str | Path | None = None) -> Any:
+    """A model's tokenizer alone; arguments and errors as those of `load`."""
+    source = _source(source, revision, from_wheel, lambda message: None)
+    with _readable(source):
+        return transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def fake_model(config: Any) -> Any:
+    """A frozen model of fake bf16 weights for a configuration."""
+    with FakeTensorMode():
+        model = _auto_class(config).from_config(config, dtype=torch.bfloat16)
+    return model.requires_grad_(False).eval()
+
+
+def _source(source: str | Path, revision: str | None, from_wheel: str | Path | None, report: Report) -> str | Path:
+    """Where a model's files are: the starter's folder for its name."""
+    if str(source) == STARTER:
+        if revision is not None:
+            raise InputError("the starter model has one revision; leave --revision out")
+        return starter_folder(from_wheel=from_wheel, report=report)
+    if from_wheel is not None:
+        raise InputError("--from-wheel gives the starter model's wheel; it goes with the model 'starter' only")
+    return source
+
+
+@contextlib.contextmanager
+def _readable(source: str | Path) -> Iterator[None]:
+    """Whatever goes wrong while a model is read is a `ModelError` that names it."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if not Path(source).is_dir() and os.sep in str(source) and str(source).count("/") != 1:
             raise ModelError(f"the model folder {source} does not exist") from None
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"cannot load the model '{source}': {first}") from None
-    model.requires_grad_(False)
-    return model.eval().to(where), tokenizer
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

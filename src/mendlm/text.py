@@ -339,17 +339,28 @@ def scored_logits(model: Any, batch: Batch) -> Float[Tensor, "scored vocab"]:
     return logits
 
 
-def by_length(lengths: Sequence[int], *, spread: float = 1.4, limit: int | None = None) -> list[list[int]]:
+def by_length(
+    lengths: Sequence[int], *, spread: float = 1.4, limit: int | None = None, scored: Sequence[int] = (), most: int = 0
+) -> list[list[int]]:
     """Indices in groups of similar length: within a group, the longest is at most `spread` times the shortest.
 
-    Padding to a group's longest then wastes little. Groups hold at most `limit` texts and come in order of length.
+    Padding to a group's longest then wastes little. Groups hold at most `limit` texts, and texts of at most `most` scored
+    positions, `scored` a text, where these are given; they come in order of length.
     """
     groups: list[list[int]] = []
+    held = 0
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        group = groups[-1] if groups else None
-        full = group is None or lengths[index] > spread * lengths[group[0]] + 2 or len(group) == limit
+        group, more = groups[-1] if groups else None, scored[index] if scored else 0
+        full = (
+            group is None
+            or lengths[index] > spread * lengths[group[0]] + 2
+            or len(group) == limit
+            or (scored and held + more > most)
+        )
         if group is None or full:
             groups.append([index])
+            held = more
         else:
             group.append(index)
+            held += more
     return groups

@@ -42,6 +42,8 @@ from mendlm.trunk_cache import TrunkCache
 
 RECORDED = 32
 """Texts a pass at most, where more requests than that are edited at once."""
+LOGITS = 1 << 24
+"""Numbers that the logits of a pass hold at most: a large vocabulary makes passes of fewer texts, not more memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +184,14 @@ def outer_loss(
 
     # Where many requests are edited at once, memory is to hold few texts at a time.
     limit, k = RECORDED if config.num_edits > RECORDED else None, config.num_edits
+    most = LOGITS // getattr(model.config.get_text_config(), "vocab_size", 1)
+
+    def grouped(texts: Sequence[Encoded]) -> list[list[int]]:
+        scored = [max(1, len(text.target)) for text in texts]
+        return by_length([len(text) for text in texts], limit=limit, scored=scored, most=most)
+
     passes: list[tuple[str, list[int], Batch, Any]] = []
-    for group in by_length([len(d.edit) for d in drawn], limit=limit):
+    for group in grouped([d.edit for d in drawn]):
         batch = formatter.batch([drawn[i].edit for i in group])
         passes.append(("success", group, batch, trunk.run(model, batch.inputs)))
     groups = [(group, functools.partial(parts, batch, tape)) for _, group, batch, tape in passes]
@@ -191,7 +199,7 @@ def outer_loss(
     home = {number: (b, place) for b, (numbers, _) in enumerate(made) for place, number in enumerate(numbers)}
     for name, texts in (("generality", [d.rephrasing for d in drawn]), ("locality", [d.unrelated for d in drawn])):
         watched = [(i, text) for i, text in enumerate(texts) if text is not None]
-        for positions in by_length([len(text) for _, text in watched], limit=limit):
+        for positions in grouped([text for _, text in watched]):
             some = sorted((watched[p] for p in positions), key=lambda one: home[one[0] // k])
             batch = formatter.batch([text for _, text in some])
             passes.append((name, [i for i, _ in some], batch, trunk.run(model, batch.inputs)))
@@ -307,8 +315,8 @@ class Trainer:
         drawn = self._drawn(self.batch(self.step), f"step/{self.step}")
         processes, k = self.accelerator.num_processes, self.config.num_edits
         mine = [d for i, d in enumerate(drawn) if (i // k) % processes == self.accelerator.process_index]
+        self.optimizer.zero_grad()  # before the passes: the last step's gradients need not live beside them
         loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, mine, self.config)
-        self.optimizer.zero_grad()
         (loss / len(drawn)).backward()
         for parameter in self.method.parameters():
             if processes > 1:

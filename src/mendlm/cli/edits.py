@@ -198,6 +198,9 @@ def export(
 def inspect(
     model: Annotated[str, typer.Argument(help="'starter', a Hugging Face folder, or a hub id.")],
     rank: Annotated[int, typer.Option("--rank", min=1, help="The editor's rank, for its size.")] = 256,
+    plan: Annotated[bool, typer.Option("--plan", help="Compute what training takes; no weight is read.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests a step, for the plan.")] = 64,
+    data: Annotated[list[str] | None, typer.Option("--data", help="Requests whose trunk cache is planned, too.")] = None,
     json_output: common.Json = False,
     seed: common.Seed = 0,
     device: common.Device = None,
@@ -206,6 +209,13 @@ def inspect(
     from_wheel: common.FromWheel = None,
 ) -> None:
     """What can be edited in a model, the default choice, and what editing and training take."""
+    if data and not plan:
+        raise InputError("--data is for the plan of a trunk cache; give --plan, too")
+    if plan:
+        from mendlm.cli import planning
+
+        planning.show(model, rank, batch_size, data or [], json_output=json_output, revision=revision, from_wheel=from_wheel)
+        return
     loaded, tokenizer = common.open_model(
         model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
     )

@@ -12,7 +12,10 @@ starts at zero, so the network starts as the identity.
 
 Knows rows and layers; knows no data and no training.
 
-Legend: `z` (layers, *batch, rows, d_in + d_out); `width` = d_in + d_out.
+In training, a layer's networks run again in the backward pass, so that only their input is kept: what they hold on the way is
+some ten times that, and their work a small part of a step's.
+
+Legend: `z` (*batch, rows, width), of one layer; `width` = d_in + d_out.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mendlm.apply import Edit
 from mendlm.errors import InputError
@@ -115,15 +119,14 @@ class EditorNet(nn.Module):
             if init == "xavier":
                 nn.init.xavier_uniform_(self.U[block])
 
-    def forward(self, z: Float[Tensor, "layers *batch width"]) -> Float[Tensor, "layers *batch width"]:
-        """`g(z)`, layer i of the input with the scale and shift of layer i."""
-        per_layer = (-1, *[1] * (z.dim() - 2), z.shape[-1])
+    def forward(self, z: Float[Tensor, "*batch width"], layer: int) -> Float[Tensor, "*batch width"]:
+        """`g(z)`, with the scale and shift of the layer."""
         for block in range(2):
             inner = z @ self.V[block].mT @ self.U[block].mT
             if block == 0:
                 inner = inner + self.b
             # clamp, not relu: every pre-activation starts at exactly 0, where relu's gradient is 0 and clamp's is 1.
-            z = z + (self.scale[block].view(per_layer) * inner + self.shift[block].view(per_layer)).clamp(min=0)
+            z = z + (self.scale[block, layer] * inner + self.shift[block, layer]).clamp(min=0)
         return z
 
 
@@ -135,13 +138,17 @@ class RowEditor(Learned):
 
     def __init__(self, specs: Sequence[LayerSpec], config: NetworkConfig) -> None:
         super().__init__(specs, config)
-        self._groups: dict[str, list[LayerSpec]] = {}
+        groups: dict[str, list[LayerSpec]] = {}
+        self._place: dict[str, tuple[str, int]] = {}
+        """Layer name -> its network, and its number there."""
         for number, spec in enumerate(self.specs):
             key = f"{spec.d_out}x{spec.d_in}" if self.config.shared else f"layer{number}"
-            self._groups.setdefault(key, []).append(spec)
+            group = groups.setdefault(key, [])
+            self._place[spec.name] = key, len(group)
+            group.append(spec)
         self.nets = nn.ModuleDict()
         self.normalizers = nn.ModuleDict()
-        for key, group in self._groups.items():
+        for key, group in groups.items():
             first, last = self._seen(group[0])
             self.nets[key] = EditorNet(last - first, len(group), self.config.rank, self.config.init)
             self.normalizers[key] = Normalizer(group[0].d_in + group[0].d_out)
@@ -158,12 +165,9 @@ class RowEditor(Learned):
             which = "u" if spec.d_in <= spec.d_out else "delta"
         return {"both": (0, spec.d_in + spec.d_out), "u": (0, spec.d_in), "delta": (spec.d_in, spec.d_in + spec.d_out)}[which]
 
-    def _rows(self, gradient: Gradient, group: list[LayerSpec]) -> tuple[Tensor, Tensor]:
-        """The group's raw rows z (layers, *batch, rows, width), and which of them count: neither factor all zero."""
-        longest = max(gradient[spec.name].rows for spec in group)  # an encoder's layers see other texts than a decoder's
-        padded = [gradient[spec.name].pad(longest) for spec in group]
-        u = torch.stack([rows.u for rows in padded]).to(self.log_rates.dtype)
-        delta = torch.stack([rows.delta for rows in padded]).to(self.log_rates.dtype)
+    def _rows(self, rows: LowRank) -> tuple[Tensor, Tensor]:
+        """A layer's raw rows z (*batch, rows, width), and which of them count: neither factor all zero."""
+        u, delta = (factor.to(self.log_rates.dtype) for factor in (rows.u, rows.delta))
         return torch.cat([u, delta], -1), (u != 0).any(-1) & (delta != 0).any(-1)
 
     def edit(self, model: Any, batch: Batch) -> Edit:
@@ -178,22 +182,31 @@ class RowEditor(Learned):
 
     def fit_normalizer(self, gradient: Gradient) -> None:
         """Take the gradient's rows into the statistics."""
-        for key, group in self._groups.items():
-            normalizer = self.normalizers[key]
+        for spec in self.specs:
+            normalizer = self.normalizers[self._place[spec.name][0]]
             assert isinstance(normalizer, Normalizer)
-            normalizer.update(*self._rows(gradient, group))
+            normalizer.update(*self._rows(gradient[spec.name]))
 
     def changed(self, gradient: Gradient) -> dict[str, LowRank]:
         """`u~` and `-alpha * delta~` of each layer's rows; those that do not count (padding, no gradient) are zeros."""
-        rates = dict(zip((spec.name for spec in self.specs), self.log_rates.exp(), strict=True))
-        rows: dict[str, LowRank] = {}
-        for key, group in self._groups.items():
-            raw, counts = self._rows(gradient, group)
+        return {
+            spec.name: self._changed(spec, gradient[spec.name], rate)
+            for spec, rate in zip(self.specs, self.log_rates.exp(), strict=True)
+        }
+
+    def _changed(self, spec: LayerSpec, rows: LowRank, rate: Tensor) -> LowRank:
+        (key, number), (first, last) = self._place[spec.name], self._seen(spec)
+
+        def run(u: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+            raw, counts = self._rows(LowRank(u, delta))
             z = self.normalizers[key](raw) if self.config.normalize else raw
-            first, last = self._seen(group[0])
-            seen = self.nets[key](z[..., first:last])
-            out = torch.cat([z[..., :first], seen, z[..., last:]], -1) * counts.unsqueeze(-1)
-            for spec, one in zip(group, out, strict=True):
-                u, delta = one.split([spec.d_in, spec.d_out], -1)
-                rows[spec.name] = LowRank(u, -rates[spec.name] * delta)
-        return {spec.name: rows[spec.name] for spec in self.specs}
+            out = torch.cat([z[..., :first], self.nets[key](z[..., first:last], number), z[..., last:]], -1)
+            out = out * counts.unsqueeze(-1)
+            return out[..., : spec.d_in], out[..., spec.d_in :]
+
+        u, delta = (
+            checkpoint(run, rows.u, rows.delta, use_reentrant=False, preserve_rng_state=False)
+            if torch.is_grad_enabled()
+            else run(rows.u, rows.delta)
+        )
+        return LowRank(u, -rate * delta)

@@ -1,0 +1,67 @@
+"""`mendlm inspect --plan`: what training takes, by the plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mendlm.cli import common
+
+GB = 1e9
+
+
+def show(
+    model: str, rank: int, batch_size: int, data: list[str], *, json_output: bool, revision: str | None, from_wheel: Path | None
+) -> None:
+    """Print the plan of training on a model, of which nothing but the configuration is read."""
+    from mendlm.layers import block_stacks, choose
+    from mendlm.models import skeleton, tokenizer_of
+    from mendlm.plan import CARDS, plans, states_bytes
+    from mendlm.replay import Trunk
+    from mendlm.tasks import load_edits
+    from mendlm.text import Formatter
+
+    fake = skeleton(model, revision=revision, from_wheel=from_wheel, report=common.note)
+    found = plans(fake, rank=rank, batch_size=batch_size)
+    content: dict[str, Any] = {
+        "model": type(fake).__name__,
+        "parameters": sum(p.numel() for p in fake.parameters()),
+        "blocks": {name: len(blocks) for name, blocks in block_stacks(fake).items()},
+        "editor_rank": rank,
+        "batch_size": batch_size,
+        "plans": {base: {**asdict(one), "total": one.total, "fits_gb": list(one.fits())} for base, one in found.items()},
+    }
+    if data:
+        sources = [load_edits(source) for source in data]
+        formatter = Formatter.of(fake, tokenizer_of(model, revision=revision, from_wheel=from_wheel))
+        held = len(Trunk.below(fake, choose(fake, ())).groups)
+        content["trunk_cache_bytes"] = states_bytes(fake, formatter, sources) if held == 1 else None
+    if json_output:
+        common.emit(True, content, "")
+        return
+    one = found["bf16"]
+    common.emit(
+        False,
+        {},
+        f"{content['model']}, {content['parameters']:,} parameters; editor of rank {rank}; {batch_size} requests a step",
+    )
+    rows = [
+        (
+            base,
+            *(f"{size / GB:.2f}" for size in (p.base, p.editor, p.optimizer, p.step, p.total)),
+            *("yes" if card in p.fits() else "-" for card in CARDS),
+        )
+        for base, p in found.items()
+    ]
+    columns = ("base in", "base", "editor", "Adam", "step", "all, GB", *(f"{card} GB" for card in CARDS))
+    common.table("memory of training, computed", columns, rows)
+    text = (
+        f"operations: {one.flops / 1e9:,.1f} G for each request of a training step, {one.edit_flops / 1e9:,.1f} G for one edit"
+    )
+    if data:
+        size = content["trunk_cache_bytes"]
+        text += "\ntrunk cache of these requests: " + (
+            f"{size / GB:.2f} GB, each text once" if size is not None else "not possible for this model"
+        )
+    common.emit(False, {}, text)

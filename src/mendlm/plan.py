@@ -1,0 +1,214 @@
+"""What training an editor takes, before a weight is loaded: bytes and operations.
+
+The training step itself runs here, on fake tensors, which have shapes and no memory. Every storage that is born and dies is
+counted, and every matrix product; so a plan needs no model of the code, and cannot drift from it.
+
+Knows nothing of files and devices; prints nothing.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mendlm.layers import block_stacks, choose
+from mendlm.methods.mend import Mend, MendConfig
+from mendlm.replay import Trunk
+from mendlm.tasks import Dataset
+from mendlm.text import Encoded, Formatter
+from mendlm.training import Drawn, TrainConfig, outer_loss
+
+CARDS = (16, 24, 48, 80)
+"""Sizes of cards that a plan is held against, in GB of 10^9 bytes."""
+QUANTISED = {"bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Bytes a number of a block's matrix takes; NF4 has a scale in float32 for each 64 numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Tokens of a request's texts: those of CounterFact and Natural Questions in a Llama-like vocabulary, rounded up."""
+
+    edit: int = 14
+    rephrasing: int = 26
+    unrelated: int = 24
+    target: int = 3
+    scored: int = 8
+    """Tokens of the unrelated answer that are scored."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, and operations: two for each product of two numbers."""
+
+    base: int
+    """The frozen model."""
+    editor: int
+    """The editor's parameters and statistics."""
+    optimizer: int
+    """Adam's two moments of them."""
+    step: int
+    """The most that a training step holds beside these: activations, logits, edits and gradients."""
+    flops: float
+    """A training step's operations, per request."""
+    edit_flops: float
+    """A single edit's operations."""
+
+    @property
+    def total(self) -> int:
+        """The peak of training."""
+        return self.base + self.editor + self.optimizer + self.step
+
+    def fits(self) -> tuple[int, ...]:
+        """The cards of `CARDS` that hold it, with a tenth left for the allocator and the library's own needs."""
+        return tuple(card for card in CARDS if self.total <= 0.9 * card * 1e9)
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all tensors that come to life inside the block: `now`, and their `peak`.
+
+    A storage counts once, however many views it has, and until its last owner lets it go. Those of `known` tensors do not.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._held = [tensor.untyped_storage() for tensor in known]
+        self._seen = {storage._cdata for storage in self._held}
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def texts(count: int, lengths: Lengths, family: str) -> list[Drawn]:
+    """As many requests of the given lengths, of token ids that mean nothing."""
+
+    def text(length: int, target: int) -> Encoded:
+        return Encoded((1,) * length, (0,) if family == "classifier" else (1,) * target)
+
+    unrelated = text(lengths.unrelated - lengths.scored, lengths.scored)
+    one = Drawn(text(lengths.edit, lengths.target), text(lengths.rephrasing, lengths.target), unrelated)
+    return [one] * count
+
+
+def step(
+    method: Mend,
+    model: Any,
+    formatter: Formatter,
+    optimizer: torch.optim.Optimizer,
+    drawn: list[Drawn],
+    config: TrainConfig,
+) -> None:
+    """One training step, as `mendlm.train` makes it, of texts that are drawn already."""
+    optimizer.zero_grad()
+    loss, _ = outer_loss(method, model, formatter, Trunk.where_possible(model, method.specs), drawn, config)
+    (loss / len(drawn)).backward()
+    optimizer.step()
+
+
+def plans(
+    model: Any,
+    patterns: tuple[str, ...] = (),
+    *,
+    rank: int = 256,
+    batch_size: int = 64,
+    lengths: Lengths | None = None,
+) -> dict[str, Plan]:
+    """The plans of training a MEND editor for a model, which may be `mendlm.models.skeleton`'s, by the form of its base.
+
+    `patterns` as in `mendlm.layers.choose`, whose errors it raises. The step runs once, on the base in bf16; the bytes of the
+    other forms are computed, and a quantised base de-quantises one matrix at a time.
+    """
+    specs, lengths = choose(model, patterns), lengths or Lengths()
+    ids = {"pad_token_id": model.config.pad_token_id, "eos_token_id": 0, "model_max_length": 1 << 30}
+    formatter = Formatter.of(model, types.SimpleNamespace(**ids))  # as much of a tokenizer as token ids need
+    with fake_mode(model):
+        method = Mend(specs, MendConfig(rank=rank))
+        optimizer = torch.optim.Adam(method.parameters())
+        drawn, config = texts(batch_size, lengths, formatter.family), TrainConfig()
+        step(method, model, formatter, optimizer, drawn, config)  # makes Adam's moments
+        moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        mine = [*method.parameters(), *method.buffers()]
+        optimizer.zero_grad()
+        known = [*model.parameters(), *model.buffers(), *mine, *moments]
+        with Storages(known) as seen, FlopCounterMode(display=False) as counted:
+            step(method, model, formatter, optimizer, drawn, config)
+        with FlopCounterMode(display=False) as once:
+            method.edit(model, formatter.batch([drawn[0].edit]))
+    largest = max(2 * spec.d_out * spec.d_in for spec in specs)
+    work = {"flops": counted.get_total_flops() / batch_size, "edit_flops": once.get_total_flops()}
+    return {
+        base: Plan(
+            base=base_bytes(model, base),
+            editor=_bytes(mine),
+            optimizer=_bytes(moments),
+            step=seen.peak + (largest if base != "bf16" else 0),
+            **work,
+        )
+        for base in QUANTISED
+    }
+
+
+def fake_mode(model: nn.Module) -> FakeTensorMode:
+    """The mode that a skeleton's weights were made in; a new one for a model of real weights, which are then faked."""
+    weight = next(model.parameters())
+    mode: FakeTensorMode = getattr(weight, "fake_mode", None) or FakeTensorMode(allow_non_fake_inputs=True)
+    return mode
+
+
+def base_bytes(model: nn.Module, base: str) -> int:
+    """Bytes of the frozen model with the matrices of its blocks in another form, and all else in two bytes a number."""
+    inside = {
+        id(weight): weight.numel()
+        for blocks in block_stacks(model).values()
+        for weight in blocks.parameters()
+        if weight.dim() == 2
+    }
+    quantised = sum(inside.values())
+    rest = sum({id(weight): weight.numel() for weight in model.parameters() if id(weight) not in inside}.values())
+    return int(QUANTISED[base] * quantised + 2 * rest)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def states_bytes(model: Any, formatter: Formatter, sources: Iterable[Dataset]) -> int:
+    """Bytes that a trunk cache of all texts of these data sets takes, each text once, as a raw prompt with its answer."""
+    tokens = sum(len(text) for source in sources for text in _every(formatter, source))
+    width: int = model.get_input_embeddings().embedding_dim
+    size: int = next(model.parameters()).element_size()
+    return tokens * width * size
+
+
+def _every(formatter: Formatter, source: Dataset) -> Iterator[Encoded]:
+    for example in source.examples:
+        for prompt in (example.prompt, *example.rephrasings):
+            yield formatter.encode(prompt, example.target)
+    for probe in source.probes:
+        yield formatter.encode(probe.prompt, probe.answer)
