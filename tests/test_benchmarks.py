@@ -23,6 +23,24 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", ["toy", "toy-t5"])
+def test_scale_measures_beside_its_plan(shape: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "scale.py"), "--shape", shape, "--rank", "8", "--batch", "4", "--device", "cpu"]
+    subprocess.run([*command, "--steps", "1", "--edits", "2", "--out", str(tmp_path)], check=True, timeout=300)
+    result = json.loads((tmp_path / f"scale-{shape}-cpu.json").read_text())
+    assert min(result["peak_gb"], result["plan"]["peak_gb"], result["edits_per_second"], result["edit_ms"]["p95"]) > 0
+
+
+@pytest.mark.slow
+def test_scale_computes_what_no_device_can_measure(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "scale.py"), "--shape", "13b", "--quantize", "nf4", "--plan", "--device", "cpu"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=300)
+    result = json.loads((tmp_path / "scale-13b-nf4-cpu.json").read_text())
+    assert "peak_gb" not in result
+    assert 7 < result["plan"]["base_gb"] < 8
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_measures_and_writes(name: str, tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "model")

@@ -1,0 +1,152 @@
+"""Plans: what the fake run counts is what a real run takes, and the command says so without reading a weight."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cases import byte_tokenizer, tiny
+from mendlm import plan as planning
+from mendlm.cli import main
+from mendlm.layers import default_layers
+from mendlm.methods.mend import Mend, MendConfig
+from mendlm.models import fake_model, skeleton
+from mendlm.plan import Lengths, Storages, base_bytes, plans, states_bytes, step, texts
+from mendlm.tasks import load_edits
+from mendlm.text import Formatter
+from mendlm.training import TrainConfig
+
+RANK, BATCH = 4, 3
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "t5", "bert"))])
+def test_the_plan_is_what_a_real_step_holds_and_computes(name: str) -> None:
+    model = copy.deepcopy(tiny(name)).bfloat16()
+    model.config.architectures = [type(model).__name__]  # as in a saved configuration
+    expected = plans(fake_model(model.config), rank=RANK, batch_size=BATCH)["bf16"]
+    ids = {"pad_token_id": model.config.pad_token_id, "eos_token_id": 0, "model_max_length": 1 << 30}
+    formatter = Formatter.of(model, SimpleNamespace(**ids))
+    method = Mend(default_layers(model), MendConfig(rank=RANK))
+    optimizer = torch.optim.Adam(method.parameters())
+    drawn = texts(BATCH, Lengths(), formatter.family)
+    step(method, model, formatter, optimizer, drawn, TrainConfig())
+    optimizer.zero_grad()
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    known = [*model.parameters(), *model.buffers(), *method.parameters(), *method.buffers(), *moments]
+    with Storages(known) as seen, FlopCounterMode(display=False) as counted:
+        step(method, model, formatter, optimizer, drawn, TrainConfig())
+    # A fake run takes other attention kernels, whose own buffers show in so small an encoder.
+    assert expected.step == pytest.approx(seen.peak, rel=0.25 if name == "bert" else 0.15)
+    assert expected.flops == pytest.approx(counted.get_total_flops() / BATCH, rel=0.02)
+    assert expected.editor == sum(t.nbytes for t in (*method.parameters(), *method.buffers()))
+    assert expected.optimizer == sum(tensor.nbytes for tensor in moments)
+    assert expected.base == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_storages_count_what_lives_and_each_once() -> None:
+    kept = torch.zeros(5)
+    with Storages([kept]) as seen:
+        twice = torch.zeros(100) + 0  # one of the two dies at once
+        view = twice[10:]
+        assert (seen.now, seen.peak) == (400, 800)
+        _ = kept.view(5)
+        del twice
+        assert seen.now == 400
+        del view
+        assert seen.now == 0
+
+
+def test_operations_are_those_of_the_formula() -> None:
+    model = fake_model(tiny("llama").config)
+    lengths = Lengths(edit=20, rephrasing=30, unrelated=40, target=1, scored=1)
+    found = plans(model, rank=RANK, batch_size=BATCH, lengths=lengths)["bf16"]
+    specs = default_layers(model)
+    trunk = sum(p.numel() for block in model.model.layers[:1] for p in block.parameters() if p.dim() == 2)
+    top = sum(p.numel() for block in model.model.layers[1:] for p in block.parameters() if p.dim() == 2)
+    head = model.lm_head.weight.numel()
+    edit, rephrasing, unrelated = 20, 30, 39  # the last token of a target is not read
+    products = trunk * (edit + rephrasing + unrelated)
+    products += top * (4 * edit + 2 * rephrasing + 3 * unrelated) + head * (4 + 2 + 3)
+    width = sum(sum(spec.shape) for spec in specs)
+    products += 4 * (4 * RANK * width * edit)  # the networks: forward, again, and the two products of backward
+    products += 3 * width * edit * (edit + rephrasing + unrelated)  # the overlay, forward and backward
+    assert found.flops == pytest.approx(2 * products, rel=0.1)  # attention's own products are not in the formula
+
+
+def test_a_large_vocabulary_makes_passes_of_fewer_texts_not_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mendlm.training as training
+
+    config = copy.deepcopy(tiny("llama").config)
+    config.vocab_size = 30_000
+    monkeypatch.setattr(training, "LOGITS", 1 << 40)
+    whole = plans(fake_model(config), rank=RANK, batch_size=12)["bf16"]
+    monkeypatch.setattr(training, "LOGITS", 30_000 * 16)
+    parts = plans(fake_model(config), rank=RANK, batch_size=12)["bf16"]
+    assert parts.step < whole.step / 3
+    assert parts.flops == pytest.approx(whole.flops, rel=1e-3)
+
+
+def test_bytes_of_a_quantised_base() -> None:
+    model = fake_model(tiny("llama").config)
+    blocks = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    rest = sum(p.numel() for p in model.parameters()) - blocks
+    assert base_bytes(model, "bf16") == 2 * (blocks + rest)
+    assert base_bytes(model, "int8") == blocks + 2 * rest
+    assert base_bytes(model, "nf4") == int(0.5625 * blocks) + 2 * rest
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    fact = {"prompt": "Ana is a", "target": "baker", "unrelated": [{"prompt": "Bo is a", "answer": "cook"}]}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_plans_without_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "model" / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "model", "--plan", "--rank", "4", "--data", "records:facts.jsonl", "--json"])
+    assert not stop.value.code
+    content = json.loads(capsys.readouterr().out)
+    expected = plans(skeleton(place / "model"), rank=4)
+    assert content["plans"]["nf4"]["total"] == expected["nf4"].total
+    assert content["plans"]["bf16"]["fits_gb"] == [16, 24, 48, 80]
+    with pytest.raises(SystemExit):
+        main(["inspect", "model", "--plan", "--rank", "4"])
+    assert "memory of training, computed" in capsys.readouterr().out
+
+
+def test_the_disk_that_a_trunk_cache_takes_is_each_text_once(place: Path) -> None:
+    formatter = Formatter.of(tiny("llama"), byte_tokenizer())
+    asked = (("Ana is a", "baker"), ("Bo is a", "cook"))
+    tokens = sum(len(formatter.encode(*pair)) for pair in asked)
+    assert states_bytes(tiny("llama"), formatter, [load_edits("records:facts.jsonl")]) == tokens * 16 * 4
+
+
+def test_cards_keep_a_tenth_free() -> None:
+    one = planning.Plan(base=int(21e9), editor=0, optimizer=0, step=0, flops=1, edit_flops=1)
+    assert one.fits() == (24, 48, 80)
+    assert planning.Plan(base=int(22e9), editor=0, optimizer=0, step=0, flops=1, edit_flops=1).fits() == (48, 80)
+
+
+@pytest.mark.slow
+def test_the_plan_is_near_the_memory_that_a_process_takes(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "benchmarks" / "scale.py"
+    options = ["--shape", "100m", "--rank", "256", "--batch", "16", "--steps", "1", "--edits", "1", "--device", "cpu"]
+    # What is freed goes back to the system at once, so that the peak is of what lives, not of what the allocator keeps.
+    quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    subprocess.run([sys.executable, str(script), *options, "--out", str(tmp_path)], check=True, env=quiet, timeout=550)
+    result = json.loads((tmp_path / "scale-100m-cpu.json").read_text())
+    assert result["plan_over_peak"] == pytest.approx(1, abs=0.15)
