@@ -13,6 +13,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from mendlm.replay import Trunk
 from mendlm.text import Batch, Formatter, scored_logits
 from mendlm.training import train
 from mendlm.trunk_cache import TrunkCache
-from test_training import DATA, ELSEWHERE, SMALL, VALID
+from test_training import DATA, ELSEWHERE, SMALL
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
@@ -220,6 +221,7 @@ def test_an_edit_step_lowers_each_loss(kind: str, load: Any) -> None:
 @each_kind
 def test_training_resumes_where_it_stopped(kind: str, load: Any, tmp_path: Path) -> None:
     model, tokenizer = load(kind), cases.byte_tokenizer()
+    config = replace(SMALL, steps=3, normalizer_examples=4)
 
     def editor() -> Mend:
         with torch.random.fork_rng(devices=[]):
@@ -227,12 +229,12 @@ def test_training_resumes_where_it_stopped(kind: str, load: Any, tmp_path: Path)
             return Mend(default_layers(model), MendConfig(rank=4, initial_rate=0.1))
 
     def run(method: Mend, place: str, **how: Any) -> Any:
-        return train(method, model, tokenizer, DATA, SMALL, tmp_path / place, valid=VALID, locality=[ELSEWHERE], **how)
+        return train(method, model, tokenizer, DATA, config, tmp_path / place, locality=[ELSEWHERE], **how)
 
     straight = editor()
     assert run(straight, "straight").description["base"]["quantization"] == KINDS[kind]
     steps: list[int] = []
-    run(editor(), "stopped", callback=lambda now: steps.append(now.step), should_stop=lambda: steps[-1] == 3)
+    run(editor(), "stopped", callback=lambda now: steps.append(now.step), should_stop=lambda: steps[-1] == 2)
     resumed = editor()
     run(resumed, "stopped", resume=True)
     for (name, found), expected in zip(resumed.state_dict().items(), straight.state_dict().values(), strict=True):
@@ -256,7 +258,7 @@ def test_every_method_edits(name: str, kind: str, load: Any) -> None:
     elif name in ("prompt", "cache"):
         method = method_type(*([config(), []] if name == "prompt" else [config()]))
     else:
-        method = method_type(specs, config(), [batch.part(0, 1)])
+        method = method_type(specs, config(steps=3), [batch.part(0, 1)])
     before = logits(model, batch.inputs)
     with method.edit(model, batch).on(model):
         assert logits(model, batch.inputs).isfinite().all()
@@ -272,7 +274,7 @@ def test_an_enn_is_trained_through_its_step(kind: str, load: Any) -> None:
     for base in (model, densified(model, load())):
         method = method_type.for_model(base, default_layers(base), config())
         edits = method.combine(method.parts(base, batch), 1)
-        with applied(base, method.changed_base() + edits):
+        with applied(base, method.changed_base()), applied(base, edits):
             token_nll(scored_logits(base, batch), batch.label, batch.row, batch.size).sum().backward()
         slopes.append([parameter.grad for parameter in method.parameters()])
     for found, expected in zip(*slopes, strict=True):
@@ -492,15 +494,10 @@ def test_nothing_is_fetched_and_no_package_is_imported_early(folder: Path, tmp_p
     assert not (tmp_path / "asked").exists()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_commands(
-    kind: str,
-    folder: Path,
-    load: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    folder: Path, load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    kind = "int8"
     caplog.set_level(logging.NOTSET, logger="bitsandbytes")
     facts = [{"prompt": f"The home of {who} is", "target": "Ulm", "unrelated": [{"prompt": "Why?"}]} for who in ("Ana", "Bo")]
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
@@ -532,7 +529,7 @@ def test_the_commands(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS])
+@each_kind
 def test_the_shipped_editor_edits_the_starter_model(kind: str, tmp_path: Path) -> None:
     """The editor was trained on the dense model in bf16; it is accepted and works on any quantisation of it."""
     model, tokenizer = models.load("starter", quantize=kind)
