@@ -45,10 +45,6 @@ from test_training import DATA, ELSEWHERE, SMALL
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
 
-pytestmark = [
-    # transformers imports torchao with every model, and that touches a deprecated registry of torch.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao.*"),
-]
 KINDS = {"nf4": "nf4", "int8": "int8", "torchao-int8": "torchao Int8Tensor"}
 ROUGH = {"nf4": 1e-4, "int8": 0.1, "torchao-int8": 1e-4}
 each_kind = pytest.mark.parametrize("kind", KINDS)
