@@ -325,7 +325,7 @@ def test_a_model_quantised_by_the_user_and_run_before(kind: str, folder: Path, l
     config = {
         "nf4": lambda: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         "int8": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
-        "torchao-int8": lambda: transformers.TorchAoConfig(_torchao().Int8WeightOnlyConfig()),
+        "torchao-int8": lambda: transformers.TorchAoConfig(_torchao().Int8WeightOnlyConfig(version=2)),
     }[kind]()
     with models._no_bars():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
@@ -387,7 +387,7 @@ def test_a_model_quantised_in_memory(load: Any) -> None:
     model = load()
     model.config.name_or_path = ""
     dense = models.identity(model)
-    _torchao().quantize_(model.model, _torchao().Int8WeightOnlyConfig())
+    _torchao().quantize_(model.model, _torchao().Int8WeightOnlyConfig(version=2))
     assert models.identity(model) == models.identity(model) != dense
     assert models.quantization(model) == "torchao Int8Tensor"
     assert plain(model.model.layers[0].mlp.up_proj.weight)[0].dtype == torch.int8

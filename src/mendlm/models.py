@@ -149,7 +149,7 @@ def _quantized(config: Any, wanted: str | None, dtype: torch.dtype, device: torc
     elif wanted == "int8":
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     elif wanted == "torchao-int8":
-        int8 = require("torchao.quantization", "quant").Int8WeightOnlyConfig()
+        int8 = require("torchao.quantization", "quant").Int8WeightOnlyConfig(version=2)
         options["quantization_config"] = transformers.TorchAoConfig(int8)
     return options
 
