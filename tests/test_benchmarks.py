@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 
 from cases import byte_tokenizer, tiny
+from mendlm.checkpoint import save_editor
+from mendlm.layers import default_layers
+from mendlm.methods.mend import Mend, MendConfig
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
@@ -38,6 +42,23 @@ def test_scale_computes_what_no_device_can_measure(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "scale-13b-nf4-cpu.json").read_text())
     assert "peak_gb" not in result
     assert 7 < result["plan"]["base_gb"] < 8
+
+
+@pytest.mark.slow
+def test_an_editor_is_scored_on_quantised_bases(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    shutil.copy(Path(__file__).parent / "fixtures" / "counterfact-flat.json", tmp_path / "counterfact-dev.json")
+    save_editor(tmp_path / "editor.safetensors", Mend(default_layers(tiny("llama")), MendConfig(rank=4)), {})
+    command = [sys.executable, str(BENCHMARKS / "quantised.py"), "--model", str(tmp_path / "model"), "--device", "cpu"]
+    options = ["--data-dir", str(tmp_path), "--editor", str(tmp_path / "editor.safetensors"), "--limit", "2"]
+    subprocess.run([*command, *options, "--out", str(tmp_path)], check=True, timeout=300)
+    result = json.loads((tmp_path / "quantised-cpu.json").read_text())
+    dense, int8, nf4 = (result["kinds"][kind] for kind in ("dense", "int8", "nf4"))
+    assert dense["parameters"] == int8["parameters"] == nf4["parameters"]
+    assert dense["bytes"] > int8["bytes"] > nf4["bytes"]
+    assert [kind["quantization"] for kind in (dense, int8, nf4)] == [None, "int8", "nf4"]
+    assert dense["model_sha256"] == nf4["model_sha256"]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mendlm import adapter
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
-from mendlm.layers import LayerSpec, spec_of
+from mendlm.layers import LayerSpec, dequantized, make_differentiable, quantized, spec_of
 from mendlm.lowrank import LowRank, concatenate
 from mendlm.models import identity
 
@@ -225,6 +225,7 @@ def applied(model: nn.Module, edit: Edit, routing: Tensor | None = None) -> Iter
     if routing is not None and routing.dim() == 1 and routing.dtype == torch.bool:
         raise InputError("a boolean routing must be a matrix (rows, edits); for one edit a row give integer indices")
     modules = {name: _layer(model, name, update) for name, update in edit.updates.items()}
+    make_differentiable(model)
 
     def hook_for(gain: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Any:
         return lambda module, args, output: output + gain(args[0].to(dtype)).to(output.dtype)
@@ -250,12 +251,15 @@ def _layer(model: nn.Module, name: str, update: LowRank) -> tuple[nn.Module, Lay
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Weights as they were before a merge."""
+    """Weights as they were before a merge, and the quantised layers that dense ones replaced."""
 
     weights: Mapping[str, Tensor]
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def restore(self, model: nn.Module) -> None:
-        """Put the saved weights back, bit for bit."""
+        """Put the saved weights and layers back, bit for bit."""
+        for name, layer in self.layers.items():
+            model.set_submodule(name, layer)
         with torch.no_grad():
             for name, saved in self.weights.items():
                 model.get_submodule(name).get_parameter("weight").copy_(saved)
@@ -269,15 +273,32 @@ class MergeReport:
     snapshot: Snapshot
 
 
-def merge(model: nn.Module, edit: Edit) -> MergeReport:
+def merge(model: nn.Module, edit: Edit, *, dequantize: bool = False) -> MergeReport:
     """Add a single edit to the weights themselves, in their dtype, and report how much of it survived.
 
     A bf16 weight has 8 bits: small edits are mostly rounded away. Undo with `report.snapshot.restore(model)`.
+    A quantised weight is refused with `LayerError`; with `dequantize` its layer is first replaced by a dense one in the model's
+    dtype, which takes the memory of a dense one.
     """
     layers = {name: (*_layer(model, name, update), update) for name, update in edit.updates.items()}
     if any(update.batch for *_, update in layers.values()):
         raise InputError("only a single edit can be merged; select one from the batch")
-    snapshot = Snapshot({n: m.get_parameter("weight").detach().clone() for n, (m, _, _) in layers.items()})
+    packed = {name: module for name, (module, _, _) in layers.items() if quantized(module)}
+    if packed and not dequantize:
+        name, module = next(iter(packed.items()))
+        raise LayerError(
+            f"layer '{name}' is quantised ({quantized(module)}): the steps of such a weight are far larger than an edit, which "
+            "would be rounded away. Keep the edit beside the weights, as an overlay or as an adapter (edit.save(folder)), or "
+            "call merge(..., dequantize=True), which makes the edited layers dense"
+        )
+    make_differentiable(model)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for name, module in packed.items():
+        dense = dequantized(module, dtype)
+        model.set_submodule(name, dense)
+        layers[name] = (dense, *layers[name][1:])
+    weights = {n: m.get_parameter("weight").detach().clone() for n, (m, _, _) in layers.items() if n not in packed}
+    snapshot = Snapshot(weights, packed)
     lost = {}
     with torch.no_grad():
         for name, (module, spec, update) in layers.items():

@@ -400,6 +400,7 @@ def evaluate(
         "model_sha256": base["sha256"],
         "revision": getattr(model.config, "_commit_hash", None),
         "dtype": base["dtype"],
+        "quantization": base.get("quantization"),
         "method_config": plain(asdict(cast("Any", settings))) if is_dataclass(settings) else {},
         "layers": [spec.name for spec in specs],
         **(about or {}),

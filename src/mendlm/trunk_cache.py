@@ -1,9 +1,9 @@
 """The trunk's outputs on disk, so that later epochs, other settings and other seeds run only the blocks above.
 
 A text's hidden states below the first edited block never change while the base is frozen. They are kept in the base's own
-dtype, in memory-mapped safetensors shards, and addressed by content: the folder by model, dtype and depth, a text by its
-tokens. A shard is written whole or not at all, by any number of processes; one that does not match its hash is dropped and
-its texts are computed again.
+dtype, in memory-mapped safetensors shards, and addressed by content: the folder by model, dtype, quantisation and depth, a
+text by its tokens. A shard is written whole or not at all, by any number of processes; one that does not match its hash is
+dropped and its texts are computed again.
 
 Equal to the uncached pass for equal batches; in another batch a text's states differ within rounding.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mendlm.errors import FormatError, ModelError
 from mendlm.files import read_tensors, storing, write_tensors
-from mendlm.models import identity
+from mendlm.models import identity, quantization
 from mendlm.replay import Tape, Trunk
 
 SHARD_BYTES = 64 << 20
@@ -37,6 +37,7 @@ class TrunkCache:
             raise ModelError("a trunk cache serves models with one stack of blocks, edited above its first block")
         self.trunk = trunk
         about = {"base": identity(model), "dtype": str(model.dtype), "blocks": len(trunk.groups[0])}
+        about |= {"quantization": [kind, _settings(model)]} if (kind := quantization(model)) else {}
         self.folder = Path(folder) / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         self._states: dict[bytes, Tensor] = {}
         self._new: dict[bytes, Tensor] = {}
@@ -88,6 +89,11 @@ class TrunkCache:
         write_tensors(path, tensors)
         self._read(path)
         self._new = {}
+
+
+def _settings(model: Any) -> str | None:
+    config = getattr(model.config, "quantization_config", None)
+    return None if config is None else str(config.to_json_string())
 
 
 def _name(tokens: list[int]) -> bytes:

@@ -6,6 +6,7 @@ Commands import what they need when they run. A `MendError` is one message and e
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 import typer
@@ -39,6 +40,8 @@ app.add_typer(data.app, name="data")
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exits the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for chatty in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # notes on importing them, and one a layer and pass
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         app(arguments, prog_name="mendlm")
     except MendError as error:

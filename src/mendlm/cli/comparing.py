@@ -35,6 +35,7 @@ def compare(
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
@@ -66,7 +67,7 @@ def compare(
         raise InputError(f"{requests.name} has {len(requests.examples)} requests, fewer than {max(counts)} edits at once")
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
     )
     base = base_of(loaded)
 
@@ -78,6 +79,7 @@ def compare(
         cell = {
             "model_sha256": base["sha256"],
             "dtype": base["dtype"],
+            **({"quantization": base["quantization"]} if "quantization" in base else {}),
             "data_sha256": requests.sha256,
             "requests": len(requests.examples),
             "locality": [source.sha256 for source in unrelated],

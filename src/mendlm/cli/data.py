@@ -71,6 +71,7 @@ def wikitext(
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
@@ -85,7 +86,7 @@ def wikitext(
 
     texts = passages(text)
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
     )
     with common.progress("sampling") as show:
         made = sample(loaded, tokenizer, texts, count=count, tokens=tokens, seed=seed, batch_size=batch_size, callback=show)

@@ -19,12 +19,15 @@ def demo(
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
     """Edit one fact of the starter model, and show what changes, what stays, and that the edit comes off."""
     if (prompt is None) != (target is None):
         raise InputError("--prompt and --target go together; give both, or neither for the default fact")
-    model, tokenizer = common.open_model("starter", seed=seed, device=device, dtype=dtype, from_wheel=from_wheel)
+    model, tokenizer = common.open_model(
+        "starter", seed=seed, device=device, dtype=dtype, quantize=quantize, from_wheel=from_wheel
+    )
 
     from mendlm.demo import PROMPT, TARGET, demonstrate
 
@@ -80,6 +83,7 @@ def edit(
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
@@ -103,7 +107,7 @@ def edit(
         loaded_data = load_edits(data, skip_bad=skip_bad)
         requests, skipped = list(loaded_data.examples), loaded_data.skipped
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
     )
     chosen, about = common.open_method(method, values, editor, model, loaded, tokenizer, unrelated, force=force)
     opened = Editor(chosen, loaded, tokenizer, about)
@@ -146,6 +150,7 @@ def generate(
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
@@ -155,7 +160,7 @@ def generate(
 
     opened = [Edit.load(folder) for folder in edits or ()]  # a bad one is said before the model is loaded
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
     )
     session = Session(loaded, tokenizer)
     names = [session.add(one.to(loaded.device), force=force) for one in opened]
@@ -205,6 +210,7 @@ def inspect(
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
@@ -217,15 +223,17 @@ def inspect(
         planning.show(model, rank, batch_size, data or [], json_output=json_output, revision=revision, from_wheel=from_wheel)
         return
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
     )
 
     from mendlm.errors import LayerError
-    from mendlm.layers import block_stacks, default_layers, editable
+    from mendlm.layers import block_stacks, default_layers, editable, size
     from mendlm.methods.mend import Mend, MendConfig
+    from mendlm.models import quantization
     from mendlm.text import Formatter
 
     layers = editable(loaded)
+    parameters, base = size(loaded)
     formatter = Formatter.of(loaded, tokenizer)
     content: dict[str, Any] = {
         "model": type(loaded).__name__,
@@ -233,7 +241,9 @@ def inspect(
         "family": formatter.family,
         "labels": list(formatter.labels),
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in loaded.parameters()),
+        "quantization": quantization(loaded),
+        "parameters": parameters,
+        "bytes": base,
         "blocks": {name: len(blocks) for name, blocks in block_stacks(loaded).items()},
         "editable": [asdict(spec) for spec in layers.values()],
         "default": [],
@@ -244,7 +254,6 @@ def inspect(
         content["no_default"] = str(error)
     else:
         editor = 4 * sum(p.numel() for p in Mend(default, MendConfig(rank=rank)).parameters())
-        base = sum(p.nbytes for p in loaded.parameters())
         rows = 4 * 32 * sum(sum(spec.shape) for spec in default)  # an edit of 32 rows
         content |= {
             "default": [spec.name for spec in default],
@@ -263,17 +272,18 @@ def inspect(
         kinds.setdefault((".".join("*" if part.isdigit() else part for part in parts), spec.shape), []).append(name)
     rows_shown = [(pattern, f"{d_out} x {d_in}", len(names)) for (pattern, (d_out, d_in)), names in kinds.items()]
     stacks = ", ".join(f"{name} ({count} blocks)" for name, count in content["blocks"].items())
+    mb = 2**20
+    precision = content["dtype"] if content["quantization"] is None else f"{content['quantization']} and {content['dtype']}"
     common.emit(
         False,
         {},
-        f"{content['model']} ({content['family']}), {content['parameters']:,} parameters in {content['dtype']}\n"
+        f"{content['model']} ({content['family']}), {parameters:,} parameters in {precision}, {base / mb:.0f} MB\n"
         f"blocks: {stacks}" + (f"\nlabels: {', '.join(content['labels'])}" if content["labels"] else ""),
     )
     common.table("editable layers", ("pattern", "d_out x d_in", "layers"), rows_shown)
     if not content["default"]:
         common.emit(False, {}, content["no_default"])
         return
-    mb = 2**20
     common.emit(
         False,
         {},

@@ -45,6 +45,7 @@ def train(
     seed: OwnSeed = None,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
@@ -66,7 +67,7 @@ def train(
         refuse_existing(out, force=False)
     requests, unrelated, held_out = texts(data, locality, valid, skip_bad=skip_bad)
     loaded, tokenizer = common.open_model(
-        model, seed=train_config.seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+        model, seed=train_config.seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
     )
     if start is not None:
         learned, origin = load_method(start, loaded)
@@ -192,6 +193,7 @@ def evaluate(
     seed: common.Seed = 0,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
@@ -212,7 +214,7 @@ def evaluate(
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
     )
     others = {name: value for name, value in values.items() if name not in own}
     chosen, _ = common.open_method(

@@ -33,6 +33,7 @@ def sweep(
     seed: learning.OwnSeed = None,
     device: common.Device = None,
     dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
@@ -58,7 +59,7 @@ def sweep(
         plans[point] = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
     requests, unrelated, held_out = learning.texts(data, locality, valid, skip_bad=skip_bad)
     loaded, tokenizer = common.open_model(
-        model, seed=seed or 0, device=device, dtype=dtype, revision=revision, from_wheel=from_wheel
+        model, seed=seed or 0, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
     )
     if blocks:
         layers = {point: tuple(spec.name for spec in default_layers(loaded, wanted)) for point, wanted in blocks.items()}
