@@ -97,6 +97,9 @@ class Learned(nn.Module, Method):
     def prepare(self, model: Any, batch: Batch) -> None:
         """See some training requests before the first step."""
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Bring together what several processes have seen by `prepare`; `total` sums a tensor over all of them."""
+
     def rates(self) -> list[nn.Parameter]:
         """The parameters that are logarithms of step sizes and the like: they learn at a rate of their own."""
         return []
