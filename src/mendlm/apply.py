@@ -23,7 +23,7 @@ from mendlm import adapter
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
 from mendlm.layers import LayerSpec, spec_of
 from mendlm.lowrank import LowRank, concatenate
-from mendlm.models import identity
+from mendlm.models import device_of, identity
 
 CHANGED_BASE = "changed_base"
 """What an edit's `about` says if its rows hold its method's change of the base, too."""
@@ -153,7 +153,7 @@ class Edit:
             return edit
         if not force:
             edit.require_base(model)
-        return edit.to(next(model.parameters()).device)
+        return edit.to(device_of(model))
 
     def require_base(self, model: nn.Module) -> None:
         """Raise `FormatError` if the edit says that it was made for another base model."""
@@ -227,12 +227,12 @@ def applied(model: nn.Module, edit: Edit, routing: Tensor | None = None) -> Iter
         raise InputError("a boolean routing must be a matrix (rows, edits); for one edit a row give integer indices")
     modules = {name: _layer(model, name, update) for name, update in edit.updates.items()}
 
-    def hook_for(gain: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Any:
-        return lambda module, args, output: output + gain(args[0].to(dtype)).to(output.dtype)
+    def hook_for(gain: Callable[[Tensor], Tensor], rows: Tensor) -> Any:
+        return lambda module, args, output: output + gain(args[0].to(rows)).to(output)
 
     with contextlib.ExitStack() as stack:
         for name, update in edit.updates.items():
-            hook = hook_for(_route(update, routing), update.u.dtype)
+            hook = hook_for(_route(update, routing), update.u)
             stack.callback(modules[name][0].register_forward_hook(hook).remove)
         yield
 
@@ -279,9 +279,9 @@ def merge(model: nn.Module, edit: Edit) -> MergeReport:
     if any(update.batch for *_, update in layers.values()):
         raise InputError("only a single edit can be merged; select one from the batch")
     for name, (module, _, _) in layers.items():
-        weight = module.get_parameter("weight")
-        if weight.is_meta or isinstance(weight, DTensor):
-            where = "is not in memory (a device map keeps it elsewhere)" if weight.is_meta else "is split over processes"
+        kept = module.get_parameter("weight")
+        if kept.is_meta or isinstance(kept, DTensor):
+            where = "is not in memory (a device map keeps it elsewhere)" if kept.is_meta else "is split over processes"
             raise LayerError(f"the weight of '{name}' {where}, so nothing can be merged into it; use the edit as an overlay")
     snapshot = Snapshot({n: m.get_parameter("weight").detach().clone() for n, (m, _, _) in layers.items()})
     lost = {}

@@ -155,6 +155,14 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model takes inputs, gives logits and has its editor: of one that a device map spread, on its first card."""
+    spread = getattr(model, "hf_device_map", None)
+    if not spread:
+        return torch.device(model.device)
+    return torch.device(next((place for place in spread.values() if place not in ("cpu", "disk")), "cpu"))
+
+
 def as_device(device: str | torch.device | None) -> torch.device:
     """A device by name, CUDA where there is one for None. Raises `InputError` for one that this machine does not have."""
     try:

@@ -40,7 +40,7 @@ from mendlm.errors import InputError, NumericalError, require
 from mendlm.files import locked, plain, refuse_existing
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned
-from mendlm.models import base_of, is_sharded
+from mendlm.models import base_of, device_of, is_sharded
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -263,7 +263,7 @@ class Trainer:
         trunk_cache: str | Path | None = None,
     ) -> None:
         self.accelerator = require("accelerate", "train").Accelerator(
-            cpu=model.device.type == "cpu", log_with=config.tracker, project_dir=str(run.folder)
+            cpu=device_of(model).type == "cpu", log_with=config.tracker, project_dir=str(run.folder)
         )
         if self.accelerator.distributed_type.name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
             raise InputError(
@@ -279,6 +279,7 @@ class Trainer:
         model.requires_grad_(False)
         model.eval()
         self.trunk: Trunk | TrunkCache = Trunk.below(model, method.specs) if config.replay else Trunk(())
+        method.require_fit(model)
         self.sharded = is_sharded(model)
         if trunk_cache is not None:
             if self.sharded:
@@ -460,7 +461,7 @@ def train(
     sources = {"data": [data], "valid": [valid] if valid else [], "locality": list(locality)}
     described = {kind: [{"name": d.name, "sha256": d.sha256} for d in sets] for kind, sets in sources.items()}
     run = Run(Path(folder))
-    trainer = Trainer(method.to(model.device), model, tokenizer, data, valid, locality, config, run, trunk_cache)
+    trainer = Trainer(method.to(device_of(model)), model, tokenizer, data, valid, locality, config, run, trunk_cache)
     how = {"training": asdict(trainer.config), "editor": asdict(method.config)}
     base = base_of(model)  # in every process: weights that are split are hashed by all of them
     processes.agree(plain({"resume": resume, "base": base, **how, **described}))

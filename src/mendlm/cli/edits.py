@@ -175,6 +175,7 @@ def generate(
 ) -> None:
     """Answer a prompt greedily, with edits applied as overlay."""
     from mendlm.apply import Edit
+    from mendlm.models import device_of
     from mendlm.session import Session
 
     opened = [Edit.load(folder) for folder in edits or ()]  # a bad one is said before the model is loaded
@@ -182,7 +183,7 @@ def generate(
         model, seed=seed, device=device, device_map=device_map, dtype=dtype, revision=revision, from_wheel=from_wheel
     )
     session = Session(loaded, tokenizer)
-    names = [session.add(one.to(loaded.device), force=force) for one in opened]
+    names = [session.add(one.to(device_of(loaded)), force=force) for one in opened]
     answer = session.answer(prompt, chat=chat, max_new_tokens=max_new_tokens)
     common.emit(json_output, {"prompt": prompt, "chat": chat, "edits": names, "answer": answer}, answer.strip())
 
