@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import byte_tokenizer, tiny
 from mendlm import processes
-from mendlm.apply import applied, merge
+from mendlm.apply import Edit, applied, merge
 from mendlm.checkpoint import Run, load_editor
-from mendlm.cli import main
+from mendlm.cli import edits, main
 from mendlm.errors import InputError, LayerError, MendError
 from mendlm.evaluation import EvaluationConfig, Results, evaluate
 from mendlm.files import plain, read_tensors
@@ -133,6 +134,33 @@ def _enter(rank: int, count: int, port: int, work: Callable[[Path], dict[str, An
     (folder / f"found-{rank}.json").write_text(json.dumps(work(folder)))
 
 
+ON = ("--model", "model", "--device", "cpu", "--dtype", "float32", "--data", "records:facts.jsonl")
+TRAIN = ["train", *ON, "--steps", "2"]
+for _setting in ("editor.rank=4", "batch_size=4", "normalizer_examples=4"):
+    TRAIN += ["--set", _setting]
+COMMANDS = (
+    ("eval", *ON, "--editor", "one", "--set", "batch_size=4"),
+    ("edit", *ON, "--editor", "one"),
+    ("compare", *ON, "--methods", "mend,prompt", "--editor", "mend=one", "--num-edits", "1,2", "--set", "batch_size=4"),
+)
+
+
+def said_by_one(*arguments: str, at: Path, fails: bool = False) -> tuple[str, str]:
+    """What a command writes to its two streams, in this process."""
+    with (
+        contextlib.chdir(at),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("MENDLM_CACHE", "cache")
+        patch.setattr(edits, "CHUNK", 4)
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+    assert stop.value.code == (2 if fails else 0), err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
 def whole_base(folder: Path) -> dict[str, Any]:
     """All that two processes do with a base that each holds whole."""
     rank, model = processes.rank(), tiny("llama")
@@ -159,6 +187,9 @@ def whole_base(folder: Path) -> dict[str, Any]:
     found["differ"] = said(InputError, lambda: scores(model, method, facts(0, 10 + rank)))
     found["differing runs"] = said(InputError, lambda: go(folder / "never", replace(CONFIG, clip=1.0 + rank)))
     found["too few"] = said(InputError, lambda: go(folder / "never", replace(CONFIG, batch_size=2)))
+    told = [said_by_one(*command, "--out", f"{command[0]}-two", at=folder)[0] for command in COMMANDS]
+    alone = ("edit", *ON[:-2], "--editor", "one", "--prompt", "Why?", "--target", "So", "--out", "never")
+    found["commands"] = ("".join(told), said_by_one(*alone, at=folder, fails=True)[1])
     found["map"] = said(InputError, lambda: load(folder / "model", device_map="auto"))
     return found
 
@@ -221,6 +252,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     tiny("llama").save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
+    lines = [json.dumps({"prompt": e.prompt, "target": e.target, "unrelated": [{"prompt": "Why?"}]}) for e in DATA.examples]
+    (folder / "facts.jsonl").write_text("\n".join(lines))
     go(folder / "one")
     steps: list[int] = []
     stop: dict[str, Any] = {"callback": lambda p: steps.append(p.step), "should_stop": lambda: steps[-1] == 2}
@@ -310,10 +343,10 @@ def test_a_split_base_gives_the_numbers_of_the_whole_one(split: Any) -> None:
     for found in split:
         for name in ("llama", "gpt2", "t5"):
             worst, gathers, replayed = found[name]
-            assert worst == 0, name
+            assert worst < 1e-6, name
             assert 0 < replayed < gathers, name
         assert found["identity"] == identity(tiny("llama"))
-        assert found["loaded"] == 0
+        assert found["loaded"] < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["", " malmen"])
@@ -339,62 +372,46 @@ def test_one_process_has_nothing_to_split() -> None:
         shard(tiny("gpt2"))
 
 
-COMMAND = ["--model", "model", "--device", "cpu", "--dtype", "float32", "--data", "records:facts.jsonl"]
-SMALL = [*(word for setting in ("editor.rank=4", "batch_size=4", "normalizer_examples=4") for word in ("--set", setting))]
-TRAIN = ["train", *COMMAND, *SMALL, "--steps", "2"]
+ACCELERATE = ("launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no")  # fmt: skip
 
 
-def launch(folder: Path, *arguments: str, launcher: Sequence[str] = ("torchrun", "--nproc-per-node", "2")) -> Any:
-    """A finished command of the launched processes."""
-    scripts, port = Path(sys.executable).parent, str(free_port())
+def test_accelerate_launches_a_training_and_one_process_speaks(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MENDLM_CACHE": str(folder / "cache")}
-    name, *options = launcher
-    command = [sys.executable, str(scripts / name), *options, *PORT[name], port, "-m", "mendlm", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
-
-
-PORT = {"torchrun": ("--master-port",), "accelerate": ("--main_process_port",)}
-ACCELERATE = ("accelerate", "launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--num_processes", "2")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, requests and an editor, made by one process."""
-    folder = tmp_path_factory.mktemp("commands")
-    tiny("llama").save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    lines = [json.dumps({"prompt": e.prompt, "target": e.target, "unrelated": [{"prompt": "Why?"}]}) for e in DATA.examples]
-    (folder / "facts.jsonl").write_text("\n".join(lines))
-    with contextlib.chdir(folder):
-        command(*TRAIN, "--out", "one")
-        command("eval", *COMMAND, "--editor", "one", "--set", "batch_size=4", "--out", "results-one")
-    return folder
-
-
-def command(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    assert stop.value.code == 0
-
-
-def test_accelerate_launches_a_training_and_one_process_speaks(commands: Path) -> None:
-    done = launch(commands, *TRAIN, "--out", "two", "--json", launcher=ACCELERATE)
+    launcher = [str(Path(sys.executable).parent / "accelerate"), *ACCELERATE, "--main_process_port", str(free_port())]
+    command = [*launcher, "-m", "mendlm", *TRAIN, "--out", "launched", "--json"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"]["step"] == 2
     assert done.stderr.count("11 requests; editing") == 1
-    assert_equal_runs(commands / "one", commands / "two")
-    assert sorted(os.listdir(commands / "one")) == sorted(os.listdir(commands / "two"))
+    said_by_one(*TRAIN, "--out", "unlaunched", at=folder)
+    assert_equal_runs(folder / "unlaunched", folder / "launched")
+    assert sorted(os.listdir(folder / "unlaunched")) == sorted(os.listdir(folder / "launched"))
 
 
-def test_a_launched_evaluation_writes_the_file_of_one_process(commands: Path) -> None:
-    options = [*COMMAND, "--editor", "one", "--set", "batch_size=4", "--out", "results-two", "--json"]
-    done = launch(commands, "eval", *options)
-    assert done.returncode == 0, done.stderr
-    one, two = (commands / f"results-{name}" for name in ("one", "two"))
-    assert (one / "results.jsonl").read_bytes() == (two / "results.jsonl").read_bytes()
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
-    for summary in summaries:
-        for name in ("command", "date", "edit_ms", "peak_memory_mb"):
-            del summary[name]
-    assert summaries[0] == summaries[1]
+def names_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def summary_in(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / "summary.json").read_text())
+    return {key: value for key, value in content.items() if key not in ("command", "date", "edit_ms", "peak_memory_mb")}
+
+
+def test_commands_of_two_processes_write_the_files_of_one(folder: Path, together: Any) -> None:
+    for command in COMMANDS:
+        said_by_one(*command, "--out", f"{command[0]}-one", at=folder)
+    assert names_in(folder / "edit-one") == names_in(folder / "edit-two")
+    assert len(list((folder / "edit-two").iterdir())) == len(DATA.examples)
+    for path in (folder / "edit-one").iterdir():
+        one, two = Edit.load(path), Edit.load(folder / "edit-two" / path.name)
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+        assert one.about["request"] == two.about["request"]
+    for name in ("eval-{}", "compare-{}/cells/mend-2", "compare-{}/cells/prompt-1"):
+        one, two = (folder / name.format(which) for which in ("one", "two"))
+        assert (one / "results.jsonl").read_bytes() == (two / "results.jsonl").read_bytes()
+        assert summary_in(one) == summary_in(two)
+    assert names_in(folder / "compare-one") == names_in(folder / "compare-two")
+    told = [found["commands"] for found in together]
+    assert [len(out) > 0 for out, _ in told] == [True, False]  # the main process alone speaks
+    assert all("one edit is the work of one process" in err for _, err in told)
