@@ -8,6 +8,8 @@ import functools
 import io
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from accelerate.commands.launch import launch_command_parser
 from torch import multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +30,7 @@ from cases import byte_tokenizer, tiny
 from mendlm import processes
 from mendlm.apply import Edit, applied, merge
 from mendlm.checkpoint import Run, load_editor
-from mendlm.cli import edits, main
+from mendlm.cli import app, edits, main
 from mendlm.errors import InputError, LayerError, MendError
 from mendlm.evaluation import EvaluationConfig, Results, evaluate
 from mendlm.files import plain, read_tensors
@@ -372,14 +376,27 @@ def test_one_process_has_nothing_to_split() -> None:
         shard(tiny("gpt2"))
 
 
-ACCELERATE = ("launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no")  # fmt: skip
+GUIDE = (TESTS.parent / "docs" / "many-cards.md").read_text(encoding="utf-8")
+LINES = [line for block in re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_guide_s_commands_are_understood(line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "accelerate":
+        given = launch_command_parser().parse_args(words[2:])
+        assert (given.module, given.training_script) == (True, "mendlm")
+        words = [given.training_script, *given.training_script_args]
+    command = typer.main.get_command(app).commands[words[1]]  # type: ignore[attr-defined]
+    command.make_context(words[1], words[2:])
 
 
 def test_accelerate_launches_a_training_and_one_process_speaks(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MENDLM_CACHE": str(folder / "cache")}
-    launcher = [str(Path(sys.executable).parent / "accelerate"), *ACCELERATE, "--main_process_port", str(free_port())]
-    command = [*launcher, "-m", "mendlm", *TRAIN, "--out", "launched", "--json"]
+    guided = next(line for line in LINES if line.startswith("accelerate")).partition(" -m mendlm")[0]
+    _, *launcher = shlex.split(guided.replace("--num_processes 8", f"--main_process_port {free_port()} --num_processes 2"))
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    command = [accelerate, *launcher, "-m", "mendlm", *TRAIN, "--out", "launched", "--json"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"]["step"] == 2
