@@ -10,10 +10,15 @@ import pytest
 import torch
 import transformers
 
-from cases import byte_tokenizer, tiny
+from cases import byte_tokenizer, requests, tiny
 from mendlm import models
-from mendlm.errors import InputError, ModelError
-from mendlm.models import identity, load, starter_folder
+from mendlm.apply import applied, merge
+from mendlm.errors import InputError, LayerError, ModelError
+from mendlm.layers import default_layers
+from mendlm.methods.mend import Mend, MendConfig
+from mendlm.models import device_of, identity, load, starter_folder
+from mendlm.replay import Trunk
+from mendlm.text import scored_logits
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +165,46 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("MENDLM_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="MENDLM_CACHE"):
         starter_folder()
+
+
+SPREAD = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
+          "model.layers.0": "disk", "model.layers.1": "cpu", "model.layers.2": "disk", "model.layers.3": "cpu"}  # fmt: skip
+
+
+def test_a_model_that_a_device_map_spreads_is_edited_as_the_whole_one(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "model")
+    model, _ = load(tmp_path / "model", dtype="float32", device_map=SPREAD)
+    whole, batch = tiny("llama"), requests(tiny("llama"))
+    assert {p.is_meta for p in model.parameters()} == {True, False}
+    assert device_of(model).type == "cpu"
+    specs = default_layers(model)
+    kept = [model.get_submodule(spec.name).weight.is_meta for spec in specs]
+    assert any(kept)
+    assert not all(kept)
+    method = Mend(specs, MendConfig(rank=2))
+    gradient = method.gradient(model, batch)
+    for name, rows in method.gradient(whole, batch).items():
+        assert torch.equal(gradient[name].u, rows.u)
+        assert torch.equal(gradient[name].delta, rows.delta)
+    edit = method.edit(model, batch)
+    logits = []
+    for one in (whole, model):
+        trunk = Trunk.below(one, specs)
+        with torch.no_grad(), trunk.replay(trunk.run(one, batch.inputs)), applied(one, edit):
+            logits.append(scored_logits(one, batch))
+        with torch.no_grad():
+            logits.append(scored_logits(one, batch))
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[1], logits[3])
+    with pytest.raises(LayerError, match="is not in memory"):
+        merge(model, edit[0])
+
+
+def test_a_device_map_goes_with_no_device_and_shards_with_several_processes(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    with pytest.raises(InputError, match="leave the device 'cpu' out"):
+        load(tmp_path, device="cpu", device_map="auto")
+    with pytest.raises(InputError, match="there is one process"):
+        load(tmp_path, device="cpu", device_map="shards")
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load(tmp_path, device_map="everywhere")

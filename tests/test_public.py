@@ -51,6 +51,7 @@ NAMES = [
     "merge",
     "record",
     "select",
+    "shard",
     "train",
 ]
 

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import random
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -528,25 +527,3 @@ def test_training_stops_after_patience_steps_without_a_better_validation(
 def test_validation_comes_at_its_steps_and_at_the_last(tmp_path: Path) -> None:
     go(tmp_path / "run", replace(SMALL, steps=5), valid=VALID)
     assert [row["step"] for row in log(tmp_path / "run") if "valid_loss" in row] == [2, 4, 5]
-
-
-def _process(rank: int, port: int, folder: str) -> None:
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    go(Path(folder), replace(SMALL, num_edits=2), valid=VALID)
-
-
-@pytest.mark.slow
-def test_two_processes_reach_the_weights_of_one(tmp_path: Path) -> None:
-    one = go(tmp_path / "one", replace(SMALL, num_edits=2), valid=VALID)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_process, (port, str(tmp_path / "two")), nprocs=2, start_method="spawn")
-    two = new_method()
-    training.Run(tmp_path / "two").load_checkpoint(two, trainer(tmp_path, method=two).optimizer)
-    for name, tensor in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    for mine, its in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        assert mine == pytest.approx(its, rel=1e-3, abs=1e-5)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from mendlm.methods.mend import Mend as Mend
     from mendlm.methods.mend import MendConfig as MendConfig
     from mendlm.models import load as load
+    from mendlm.models import shard as shard
     from mendlm.recording import Recording as Recording
     from mendlm.recording import record as record
     from mendlm.replay import Trunk as Trunk
@@ -79,7 +80,7 @@ _HOMES = {
     "methods.base": ("Method",),
     "methods.finetune": ("FineTune", "FineTuneConfig"),
     "methods.mend": ("Mend", "MendConfig"),
-    "models": ("load",),
+    "models": ("load", "shard"),
     "recording": ("Recording", "record"),
     "replay": ("Trunk",),
     "session": ("Session",),

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mendlm import adapter
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
 from mendlm.layers import LayerSpec, dequantized, make_differentiable, quantized, spec_of
 from mendlm.lowrank import LowRank, concatenate
-from mendlm.models import identity
+from mendlm.models import device_of, identity
 
 CHANGED_BASE = "changed_base"
 """What an edit's `about` says if its rows hold its method's change of the base, too."""
@@ -152,7 +153,7 @@ class Edit:
             return edit
         if not force:
             edit.require_base(model)
-        return edit.to(next(model.parameters()).device)
+        return edit.to(device_of(model))
 
     def require_base(self, model: nn.Module) -> None:
         """Raise `FormatError` if the edit says that it was made for another base model."""
@@ -227,12 +228,12 @@ def applied(model: nn.Module, edit: Edit, routing: Tensor | None = None) -> Iter
     modules = {name: _layer(model, name, update) for name, update in edit.updates.items()}
     make_differentiable(model)
 
-    def hook_for(gain: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Any:
-        return lambda module, args, output: output + gain(args[0].to(dtype)).to(output.dtype)
+    def hook_for(gain: Callable[[Tensor], Tensor], rows: Tensor) -> Any:
+        return lambda module, args, output: output + gain(args[0].to(rows)).to(output)
 
     with contextlib.ExitStack() as stack:
         for name, update in edit.updates.items():
-            hook = hook_for(_route(update, routing), update.u.dtype)
+            hook = hook_for(_route(update, routing), update.u)
             stack.callback(modules[name][0].register_forward_hook(hook).remove)
         yield
 
@@ -291,6 +292,11 @@ def merge(model: nn.Module, edit: Edit, *, dequantize: bool = False) -> MergeRep
             "would be rounded away. Keep the edit beside the weights, as an overlay or as an adapter (edit.save(folder)), or "
             "call merge(..., dequantize=True), which makes the edited layers dense"
         )
+    for name, (module, _, _) in layers.items():
+        kept = module.get_parameter("weight")
+        if kept.is_meta or isinstance(kept, DTensor):
+            where = "is not in memory (a device map keeps it elsewhere)" if kept.is_meta else "is split over processes"
+            raise LayerError(f"the weight of '{name}' {where}, so nothing can be merged into it; use the edit as an overlay")
     make_differentiable(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     for name, module in packed.items():

@@ -17,7 +17,7 @@ from mendlm.errors import FormatError
 from mendlm.files import sha256
 from mendlm.losses import all_by_row
 from mendlm.methods.base import Learned, Method
-from mendlm.models import STARTER, base_of, identity
+from mendlm.models import STARTER, base_of, device_of, identity
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
 from mendlm.text import Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -33,7 +33,7 @@ class Editor:
     def __init__(self, method: Method, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:
         if isinstance(method, Learned):
             method.require_fit(model)
-            method.to(model.device).eval()
+            method.to(device_of(model)).eval()
         self.method = method
         self.model, self.formatter, self.about = model, Formatter.of(model, tokenizer), about or {}
 
@@ -134,7 +134,7 @@ def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple
             f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
             f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
         )
-    return method.to(model.device).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
+    return method.to(device_of(model)).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
 
 
 def editor_file(source: str | Path) -> Path:

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mendlm import memory, metrics
+from mendlm import memory, metrics, processes
 from mendlm.adapter import rank_of
 from mendlm.apply import Edit, Intervention, applied, join
 from mendlm.errors import InputError
@@ -29,7 +29,7 @@ from mendlm.files import new_folder, plain, write_bytes, write_json
 from mendlm.layers import LayerSpec
 from mendlm.losses import all_by_row, mean_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned, Method, in_order
-from mendlm.models import base_of
+from mendlm.models import base_of, is_sharded
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import NO_LABEL, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -348,6 +348,20 @@ class Evaluator:
         return times[1:], size
 
 
+def chunks(count: int, config: EvaluationConfig) -> range:
+    """Where each chunk of so many requests starts: whole groups, of about as many requests as a batch has texts."""
+    return range(0, count, max(1, config.batch_size // config.num_edits) * config.num_edits)
+
+
+def require_work(requests: int, chunks: int) -> None:
+    """Raise `InputError` if some of the processes would have nothing to do."""
+    if chunks < processes.count():
+        raise InputError(
+            f"{requests} requests are {chunks} chunks of work, fewer than the {processes.count()} processes; "
+            f"start at most {chunks}, give more requests, or make the batches smaller"
+        )
+
+
 def evaluate(
     method: Method,
     specs: Sequence[LayerSpec],
@@ -365,27 +379,39 @@ def evaluate(
     Each request is scored on its own prompt, rephrasings and unrelated prompts, on one prompt of every further locality
     source, and on one passage of every source of running text. `about` goes into the summary; `callback` is told how many
     requests are done. Raises `InputError` if there are fewer requests than one group.
+
+    Under several processes all call it alike: chunks of requests go to them in turn, each batch as it would be in one process,
+    and all get the same results; one should save them. Raises `InputError` if there are fewer chunks than processes. Where
+    the base is split over the processes (`mendlm.models.shard`), each does everything.
     """
     k = len(data.examples) if config.sequential and config.num_edits == 1 else config.num_edits
     config = replace(config, num_edits=k)
     examples = data.examples[: len(data.examples) // k * k]
     if not examples:
         raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {k}")
+    starts, alone = chunks(len(examples), config), processes.count() == 1 or is_sharded(model)
+    if not alone:
+        require_work(len(examples), len(starts))
+        processes.agree({"data": data.sha256, "evaluation": plain(asdict(config)), "requests": len(examples)})
     evaluator = Evaluator(method, specs, model, tokenizer, config)
     memory.forget_peak(evaluator.formatter.device)
     asking = [source.probes for source in locality if not source.prose]
     reading = [source.probes for source in locality if source.prose]
-    chunk = max(1, config.batch_size // k) * k
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(examples), chunk):
-        some = examples[start : start + chunk]
+    scored: dict[int, list[dict[str, Any]]] = {}
+    for number, start in enumerate(starts):
+        if not (alone or processes.mine(number)):
+            continue
+        some = examples[start : start + starts.step]
         places = range(start, start + len(some))
         extra = [[probes[i % len(probes)] for probes in asking] for i in places]
         turns = [(reading[i % len(reading)], i // len(reading)) for i in places] if reading else []
         passages = [probes[turn % len(probes)] for probes, turn in turns]
-        rows += evaluator.rows(some, extra, passages)
+        scored[start] = evaluator.rows(some, extra, passages)
         if callback is not None:
-            callback(len(rows), len(examples))
+            callback(start + len(some), len(examples))
+    if not alone:
+        scored = {int(start): part for process in processes.gathered(scored) for start, part in process.items()}
+    rows = [row for start in starts for row in scored[start]]
     for index, row in enumerate(rows):
         row["index"] = index
     answered = ", ".join((data.name, *(source.name for source in locality)))

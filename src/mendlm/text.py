@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mendlm.errors import InputError, ModelError
+from mendlm.models import device_of
 
 Family = Literal["causal", "encoder-decoder", "classifier"]
 TargetEnd = Literal["auto", "always", "never"]
@@ -115,7 +116,7 @@ class Formatter:
             if start[0] is None:
                 raise ModelError(f"{type(model).__name__} has no decoder_start_token_id in its configuration; set one")
         given = tuple(token for token in start if token is not None)
-        return cls(tokenizer, family, model.device, _window(model, tokenizer), given, labels)
+        return cls(tokenizer, family, device_of(model), _window(model, tokenizer), given, labels)
 
     def encode(self, prompt: str, target: str | None, *, chat: bool = False, end: bool = False) -> Encoded:
         """One prompt, and a target or None, as token ids. `chat`: the prompt is a user's turn; `end`: end the answer.
@@ -329,7 +330,8 @@ def scored_logits(model: Any, batch: Batch) -> Float[Tensor, "scored vocab"]:
         return labels[batch.row]
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][batch.row, batch.column], *args[1:])
+        states = args[0]  # of a model that is spread over devices, on its last one
+        return (states[batch.row.to(states.device), batch.column.to(states.device)], *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:

@@ -9,7 +9,12 @@ is taken under that example's own edit. The trunk below the edited blocks runs o
 replay it. Each kind of text goes in batches of similar length, with logits only where a loss needs them.
 
 What a step draws depends on the seed and the step's number alone, so a resumed run equals an uninterrupted one.
-Knows methods, tasks and text; prints nothing. accelerate brings processes and trackers, and is imported only here.
+
+Several processes share a step's requests; gradients and metrics are sums over all, divided by the whole step's count, so that
+their number changes nothing but rounding. Where the base is split over the processes (`mendlm.models.shard`), its blocks run in
+all of them at once: there every process takes all requests, and counts them by its share.
+
+Knows methods, tasks and text; prints nothing. accelerate brings trackers, and is imported only here.
 """
 
 from __future__ import annotations
@@ -28,13 +33,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from mendlm import processes
 from mendlm.apply import Edit, join
 from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, require
 from mendlm.files import locked, plain, refuse_existing
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned
-from mendlm.models import base_of
+from mendlm.models import base_of, device_of, is_sharded
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -265,8 +271,13 @@ class Trainer:
         trunk_cache: str | Path | None = None,
     ) -> None:
         self.accelerator = require("accelerate", "train").Accelerator(
-            cpu=model.device.type == "cpu", log_with=config.tracker, project_dir=str(run.folder)
+            cpu=device_of(model).type == "cpu", log_with=config.tracker, project_dir=str(run.folder)
         )
+        if self.accelerator.distributed_type.name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+            raise InputError(
+                f"accelerate is configured for {self.accelerator.distributed_type.name}, which splits the trained model; here "
+                "the base is frozen: launch without, and split the base by device_map 'shards'"
+            )
         if config.learning_rate is None:
             config = replace(config, learning_rate=method.learning_rate)
         self.method, self.model, self.config, self.run = method, model, config, run
@@ -276,12 +287,17 @@ class Trainer:
         model.requires_grad_(False)
         model.eval()
         self.trunk: Trunk | TrunkCache = Trunk.below(model, method.specs) if config.replay else Trunk(())
+        method.require_fit(model)
+        self.sharded = is_sharded(model)
         if trunk_cache is not None:
+            if self.sharded:
+                raise InputError("a trunk cache needs the whole base in each process, but its weights are split; leave it out")
             self.trunk = TrunkCache(self.trunk, model, trunk_cache)
         rates = {id(parameter) for parameter in method.rates()}
         networks = [parameter for parameter in method.parameters() if id(parameter) not in rates]
         self.optimizer = torch.optim.Adam([{"params": networks}, {"params": method.rates()}])
         self.step, self.best, self.best_step = 0, float("inf"), 0
+        processes.follow_main(method.state_dict().values())
 
     def batch(self, step: int) -> list[EditExample]:
         """The requests of a step: consecutive ones of the epoch's shuffled order."""
@@ -296,12 +312,33 @@ class Trainer:
         rngs = (random.Random(f"{self.config.seed}/{stream}/{i}") for i in range(len(examples)))
         return [draw(e, self.sources, self.formatter, self.config, rng) for e, rng in zip(examples, rngs, strict=True)]
 
+    def _mine(self, drawn: Sequence[Drawn]) -> list[Drawn]:
+        """This process's share of a step's requests; those that are edited at once stay together."""
+        k = self.config.num_edits
+        return [d for i, d in enumerate(drawn) if self.sharded or processes.mine(i // k)]
+
+    def _mean(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+        """The mean over so many requests of all processes."""
+        values = torch.stack([value.detach().double() for value in sums.values()]) / (count * self.copies)
+        return dict(zip(sums, processes.total(values), strict=True))
+
+    @property
+    def copies(self) -> int:
+        """How many processes take the same request."""
+        return processes.count() if self.sharded else 1
+
     def prepare(self) -> None:
         """The first pass over training requests, which fixes the editor's statistics."""
         examples = [e for s in range(-(-self.config.normalizer_examples // self.config.batch_size)) for e in self.batch(s)]
         drawn = self._drawn(examples[: self.config.normalizer_examples], "normalizer")
-        for group in by_length([len(d.edit) for d in drawn], limit=self.config.batch_size):
-            self.method.prepare(self.model, self.formatter.batch([drawn[i].edit for i in group]))
+        if not processes.is_main() and not self.sharded:  # what was seen before is counted once
+            for statistics in self.method.buffers():
+                statistics.zero_()
+        for number, group in enumerate(by_length([len(d.edit) for d in drawn], limit=self.config.batch_size)):
+            if self.sharded or processes.mine(number):
+                self.method.prepare(self.model, self.formatter.batch([drawn[i].edit for i in group]))
+        if processes.count() > 1 and not self.sharded:
+            self.method.merge(processes.total)
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step; the mean over the step's requests of everything watched."""
@@ -313,32 +350,29 @@ class Trainer:
             assert rate is not None
             group["lr"] = rate * factor
         drawn = self._drawn(self.batch(self.step), f"step/{self.step}")
-        processes, k = self.accelerator.num_processes, self.config.num_edits
-        mine = [d for i, d in enumerate(drawn) if (i // k) % processes == self.accelerator.process_index]
         self.optimizer.zero_grad()  # before the passes: the last step's gradients need not live beside them
-        loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, mine, self.config)
-        (loss / len(drawn)).backward()
-        for parameter in self.method.parameters():
-            if processes > 1:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, self._mine(drawn), self.config)
+        (loss / (len(drawn) * self.copies)).backward()
+        for parameter in self.method.parameters() if processes.count() > 1 else ():
+            parameter.grad = processes.total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip)
         self.optimizer.step()
         self.step += 1
-        means = {name: value.detach() / len(drawn) for name, value in sums.items()}
-        return {**(self.accelerator.reduce(means, "sum") if processes > 1 else means), "gradient_norm": norm}
+        return {**self._mean(sums, len(drawn)), "gradient_norm": norm}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """The validation requests' mean outer loss and metrics. The same texts are drawn every time."""
-        total: dict[str, float] = {}
+        total: dict[str, Tensor] = {}
         drawn = self._drawn(self.valid, "valid")
-        whole = len(drawn) - len(drawn) % self.config.num_edits
-        for start in range(0, whole, self.config.batch_size):
-            some = drawn[start : min(start + self.config.batch_size, whole)]
+        whole, k = len(drawn) - len(drawn) % self.config.num_edits, self.config.num_edits
+        mine = self._mine(drawn[:whole])
+        size = max(1, self.config.batch_size * self.copies // processes.count() // k) * k  # as many as in a step of training
+        for start in range(0, len(mine), size):
+            some = mine[start : start + size]
             _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config)
-            for name, value in sums.items():
-                total[f"valid_{name}"] = total.get(f"valid_{name}", 0.0) + value.item() / whole
-        return total
+            total = {name: total.get(name, 0.0) + value.double() for name, value in sums.items()}
+        return {f"valid_{name}": value.item() for name, value in self._mean(total, whole).items()}
 
     def steps(self) -> Iterator[Progress]:
         """Train to the last step, yielding after each; validations, logs and checkpoints happen on the way."""
@@ -360,7 +394,7 @@ class Trainer:
                     self._save_editor()
             elif not self.valid:
                 self.best_step = self.step
-            if self.accelerator.is_main_process:
+            if processes.is_main():
                 self.run.log({"step": self.step, "seconds": round(seconds, 4), **metrics})
                 self.accelerator.log(metrics, step=self.step)
             if self.step % config.checkpoint_every == 0 or last:
@@ -369,7 +403,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, and the editor too where no validation chooses it."""
-        if self.accelerator.is_main_process:
+        if processes.is_main():
             state = {"step": self.step, "best": self.best, "best_step": self.best_step}
             self.run.save_checkpoint(self.method, self.optimizer, state)
             if not self.valid and self.step:
@@ -378,14 +412,16 @@ class Trainer:
             self.trunk.flush()
 
     def _save_editor(self) -> None:
-        if self.accelerator.is_main_process:
+        if processes.is_main():
             self.run.save_editor(self.method, {"step": self.step})
 
     def resume(self) -> None:
         """Continue from the run folder's checkpoint, exactly where it was written."""
         state = self.run.load_checkpoint(self.method, self.optimizer)
         self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
-        self.run.cut_log(self.step)
+        processes.agree({"step": self.step})
+        if processes.is_main():
+            self.run.cut_log(self.step)
 
 
 def train(
@@ -412,6 +448,8 @@ def train(
     `trunk_cache` is a folder that keeps the trunk's outputs across runs.
     Freezes the model's parameters and puts it in evaluation mode. Raises `InputError` for data that holds too few
     requests and for a folder that another training holds, and `NumericalError` if the loss stops being finite.
+
+    Under several processes all call it alike; the main one alone writes. A run may be resumed by another number of them.
     """
     if len(data.examples) < config.num_edits:
         raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {config.num_edits}")
@@ -420,19 +458,27 @@ def train(
             f"{valid.name} gives {min(len(valid.examples), config.valid_examples)} validation requests, "
             f"fewer than num_edits {config.num_edits}"
         )
+    each = {f"a step of {config.batch_size} requests": min(config.batch_size, len(data.examples))}
+    each |= {"validation": min(len(valid.examples), config.valid_examples)} if valid else {}
+    for what, size in each.items():
+        if size // config.num_edits < processes.count() and not is_sharded(model):
+            raise InputError(
+                f"{what}, of {size} edited {config.num_edits} at once, leaves some of the {processes.count()} processes "
+                "without work; start fewer, or give it more requests"
+            )
     sources = {"data": [data], "valid": [valid] if valid else [], "locality": list(locality)}
     described = {kind: [{"name": d.name, "sha256": d.sha256} for d in sets] for kind, sets in sources.items()}
     run = Run(Path(folder))
-    trainer = Trainer(method.to(model.device), model, tokenizer, data, valid, locality, config, run, trunk_cache)
-    if min(config.batch_size, len(data.examples)) // config.num_edits < trainer.accelerator.num_processes:
-        raise InputError(
-            f"a step of {config.batch_size} requests edited {config.num_edits} at once leaves some of the "
-            f"{trainer.accelerator.num_processes} processes without work; raise batch_size"
-        )
-    main = trainer.accelerator.is_main_process
+    trainer = Trainer(method.to(device_of(model)), model, tokenizer, data, valid, locality, config, run, trunk_cache)
+    how = {"training": asdict(trainer.config), "editor": asdict(method.config)}
+    base = base_of(model)  # in every process: weights that are split are hashed by all of them
+    processes.agree(plain({"resume": resume, "base": base, **how, **described}))
+    main = processes.is_main()
     with locked(run.folder) if main else contextlib.nullcontext():
         if resume:
-            run.continue_with({"training": asdict(trainer.config), "editor": asdict(method.config), **described})
+            if main:
+                run.continue_with({**how, **described})
+            processes.wait()
             trainer.resume()
         else:
             if main:
@@ -440,8 +486,7 @@ def train(
             if not prepared:
                 trainer.prepare()
             if main:  # only now: a folder that a kill leaves behind can be resumed, or is empty
-                made = {"method": method.name, "layers": [asdict(spec) for spec in method.specs], "base": base_of(model)}
-                how = {"training": asdict(trainer.config), "editor": asdict(method.config)}
+                made = {"method": method.name, "layers": [asdict(spec) for spec in method.specs], "base": base}
                 run.create({**made, **how, **described, **(about or {})})
             trainer.save()
         if config.tracker:
@@ -449,8 +494,10 @@ def train(
         for progress in trainer.steps():
             if callback is not None:
                 callback(progress)
-            if should_stop():
+            if processes.some(should_stop()):
                 trainer.save()
                 break
-    trainer.accelerator.end_training()
+    for tracker in trainer.accelerator.trackers:  # not `end_training`, which also parts the processes
+        tracker.finish()
+    processes.wait()
     return run

@@ -43,11 +43,17 @@ class TrunkCache:
         self._new: dict[bytes, Tensor] = {}
         with storing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(self.folder.glob("*.safetensors")):
-                try:
-                    self._read(path)
-                except FormatError:
-                    path.unlink(missing_ok=True)
+        self._found: set[Path] = set()
+        self._look()
+
+    def _look(self) -> None:
+        """Map the shards that are new since the last look, this process's and others'."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self._found):
+            self._found.add(path)
+            try:
+                self._read(path)
+            except FormatError:
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
         tensors, _ = read_tensors(path)
@@ -77,7 +83,7 @@ class TrunkCache:
         return self.trunk.replay(tape)
 
     def flush(self) -> None:
-        """Write what is new as a shard, and map it. Raises `StorageError` where that cannot be written."""
+        """Write what is new as a shard, and map it and what others wrote; `StorageError` where that cannot be written."""
         if not self._new:
             return
         tensors = {
@@ -85,9 +91,8 @@ class TrunkCache:
             "lengths": torch.tensor([len(row) for row in self._new.values()]),
             "texts": torch.tensor([list(text) for text in self._new], dtype=torch.uint8),
         }
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        write_tensors(path, tensors)
-        self._read(path)
+        write_tensors(self.folder / f"{uuid.uuid4().hex}.safetensors", tensors)
+        self._look()
         self._new = {}
 
 

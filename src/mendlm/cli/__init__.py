@@ -5,14 +5,17 @@ Commands import what they need when they run. A `MendError` is one message and e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import sys
 
 import typer
 
 from mendlm.cli import comparing, data, edits, learning, sweeping
 from mendlm.errors import MendError
+from mendlm.processes import launched
 
 app = typer.Typer(
     name="mendlm",
@@ -38,14 +41,21 @@ app.add_typer(data.app, name="data")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; exits the process."""
+    """Run a command; exits the process. Of several processes the main one speaks, and each says what went wrong in it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for chatty in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # notes on importing them, and one a layer and pass
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    number = 0
     try:
-        app(arguments, prog_name="mendlm")
+        number, _ = launched()
+        with contextlib.ExitStack() as stack:
+            if number > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            app(arguments, prog_name="mendlm")
     except MendError as error:
-        if "--json" in arguments:
+        if "--json" in arguments and number == 0:
             sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}) + "\n")
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error{f' in process {number}' if number else ''}: {error}\n")
         sys.exit(2)

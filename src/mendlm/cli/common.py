@@ -35,6 +35,12 @@ MethodOption = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one).")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map", help="For a model larger than one card: auto (over this machine's cards), shards (over all processes)."
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, float64, or auto.")]
 Quantize = Annotated[
     str | None,
@@ -162,6 +168,7 @@ def open_model(
     device: str | None,
     dtype: str,
     quantize: str | None = None,
+    device_map: str | None = None,
     revision: str | None = None,
     from_wheel: Path | None = None,
 ) -> tuple[Any, Any]:
@@ -171,8 +178,8 @@ def open_model(
     from mendlm.models import load
 
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "from_wheel": from_wheel}
-    return load(source, revision=revision, **options, report=note)
+    options: dict[str, Any] = {"device": device, "device_map": device_map, "quantize": quantize, "from_wheel": from_wheel}
+    return load(source, revision=revision, dtype=dtype, report=note, **options)
 
 
 def open_editor(editor: str | None, source: str, model: Any, tokenizer: Any, *, force: bool = False) -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mendlm import processes
 from mendlm.cli import common
 from mendlm.errors import InputError
 
@@ -34,6 +35,7 @@ def compare(
     json_output: common.Json = False,
     seed: common.Seed = 0,
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
     dtype: common.Dtype = "auto",
     quantize: common.Quantize = None,
     revision: common.Revision = None,
@@ -41,10 +43,10 @@ def compare(
 ) -> None:
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
     from mendlm.checkpoint import parse_config, with_defaults
-    from mendlm.evaluation import EvaluationConfig, evaluate
+    from mendlm.evaluation import EvaluationConfig, chunks, evaluate, require_work
     from mendlm.files import plain, storing
     from mendlm.methods import LEARNED
-    from mendlm.models import base_of
+    from mendlm.models import base_of, is_sharded
     from mendlm.report import read
     from mendlm.tasks import load_edits, load_unrelated
 
@@ -67,7 +69,14 @@ def compare(
         raise InputError(f"{requests.name} has {len(requests.examples)} requests, fewer than {max(counts)} edits at once")
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
+        model,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        device_map=device_map,
+        revision=revision,
+        from_wheel=from_wheel,
     )
     base = base_of(loaded)
 
@@ -92,7 +101,7 @@ def compare(
     cells = {(name, count): out / "cells" / f"{name}-{count}" for name in names for count in counts}
     left = []
     for (name, count), folder in cells.items():  # all are opened once first, so that what is wrong is said before the work
-        chosen, _, cell = open_cell(name, count)
+        chosen, evaluation, cell = open_cell(name, count)
         if (folder / "summary.json").exists():
             found = read(folder / "summary.json").get("cell") or {}
             if {**found, "method": with_defaults(type(chosen.config), found.get("method", {}))} != cell:
@@ -100,6 +109,9 @@ def compare(
             common.note(f"{name}, {count} together: done before")
         else:
             left.append((name, count))
+            whole = len(requests.examples) // count * count
+            if not is_sharded(loaded):
+                require_work(whole, len(chunks(whole, evaluation)))
     with storing(out):
         (out / "cells").mkdir(parents=True, exist_ok=True)
     for name, count in left:
@@ -116,8 +128,10 @@ def compare(
                 about={"command": common.command_line(sys.argv), "cell": cell},
                 callback=show,
             )
-        results.save(cells[name, count], force=True)  # there are no results there, at most what is left of some
-    _publish(list(cells.values()), out, json_output)
+        if processes.is_main():
+            results.save(cells[name, count], force=True)  # there are no results there, at most what is left of some
+    if processes.is_main():
+        _publish(list(cells.values()), out, json_output)
 
 
 def report(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from mendlm import processes
 from mendlm.cli import common
 from mendlm.errors import InputError
+
+CHUNK = 256
+"""How many requests of a file are edited at a time."""
 
 
 def demo(
@@ -82,6 +87,7 @@ def edit(
     json_output: common.Json = False,
     seed: common.Seed = 0,
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
     dtype: common.Dtype = "auto",
     quantize: common.Quantize = None,
     revision: common.Revision = None,
@@ -92,7 +98,9 @@ def edit(
         raise InputError("say what to edit: either --prompt and --target, or --data TASK:PATH")
 
     from mendlm.editor import Editor
+    from mendlm.evaluation import require_work
     from mendlm.files import new_folder, refuse_existing
+    from mendlm.models import is_sharded
     from mendlm.tasks import EditExample, load_edits, load_unrelated
 
     refuse_existing(out, force=force)
@@ -107,24 +115,46 @@ def edit(
         loaded_data = load_edits(data, skip_bad=skip_bad)
         requests, skipped = list(loaded_data.examples), loaded_data.skipped
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
+        model,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        device_map=device_map,
+        revision=revision,
+        from_wheel=from_wheel,
     )
     chosen, about = common.open_method(method, values, editor, model, loaded, tokenizer, unrelated, force=force)
     opened = Editor(chosen, loaded, tokenizer, about)
     how: dict[str, Any] = {"chat": chat, "target_end": target_end}
-    given = sum(opened.already_given(requests, **how))
-    how["scale"] = scale
+    alone = processes.count() == 1 or is_sharded(loaded)
+    if not alone:
+        if data is None:
+            raise InputError("one edit is the work of one process; start mendlm edit without a launcher, or give --data")
+        require_work(len(requests), len(range(0, len(requests), CHUNK)))
+        processes.agree({"requests": loaded_data.sha256, "out": str(out)})
+    main, given = processes.is_main(), 0
     if data is None:
-        opened.edit_many(requests, **how)[0].save(out, force=force)
+        given = sum(opened.already_given(requests, **how))
+        (one,) = opened.edit_many(requests, scale=scale, **how)
+        if main:
+            one.save(out, force=force)
         folders = [out]
     else:
-        with new_folder(out, force=force) as temporary, common.progress("editing") as show:
-            names = [f"{number:06d}" for number in range(len(requests))]
-            for start in range(0, len(requests), 256):
-                some: list[EditExample] = requests[start : start + 256]
-                for number, one in enumerate(opened.edit_many(some, **how), start=start):
-                    one.save(temporary / names[number])
+        names = [f"{number:06d}" for number in range(len(requests))]
+        with new_folder(out, force=force) if main else nullcontext() as made, common.progress("editing") as show:
+            place = Path(processes.gathered(str(made))[0])
+            for start in range(0, len(requests), CHUNK):
+                if not (alone or processes.mine(start // CHUNK)):
+                    continue
+                some: list[EditExample] = requests[start : start + CHUNK]
+                given += sum(opened.already_given(some, **how))
+                for number, one in enumerate(opened.edit_many(some, scale=scale, **how), start=start):
+                    if main or not alone:
+                        one.save(place / names[number])
                     show(number + 1, len(requests))
+            told = processes.gathered(given)
+            given = given if alone else sum(told)
         folders = [out / name for name in names]
     content = {
         "out": str(out),
@@ -149,6 +179,7 @@ def generate(
     json_output: common.Json = False,
     seed: common.Seed = 0,
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
     dtype: common.Dtype = "auto",
     quantize: common.Quantize = None,
     revision: common.Revision = None,
@@ -156,14 +187,22 @@ def generate(
 ) -> None:
     """Answer a prompt greedily, with edits applied as overlay."""
     from mendlm.apply import Edit
+    from mendlm.models import device_of
     from mendlm.session import Session
 
     opened = [Edit.load(folder) for folder in edits or ()]  # a bad one is said before the model is loaded
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
+        model,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        device_map=device_map,
+        revision=revision,
+        from_wheel=from_wheel,
     )
     session = Session(loaded, tokenizer)
-    names = [session.add(one.to(loaded.device), force=force) for one in opened]
+    names = [session.add(one.to(device_of(loaded)), force=force) for one in opened]
     answer = session.answer(prompt, chat=chat, max_new_tokens=max_new_tokens)
     common.emit(json_output, {"prompt": prompt, "chat": chat, "edits": names, "answer": answer}, answer.strip())
 

@@ -44,6 +44,7 @@ def train(
     json_output: common.Json = False,
     seed: OwnSeed = None,
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
     dtype: common.Dtype = "auto",
     quantize: common.Quantize = None,
     revision: common.Revision = None,
@@ -67,7 +68,14 @@ def train(
         refuse_existing(out, force=False)
     requests, unrelated, held_out = texts(data, locality, valid, skip_bad=skip_bad)
     loaded, tokenizer = common.open_model(
-        model, seed=train_config.seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
+        model,
+        seed=train_config.seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        device_map=device_map,
+        revision=revision,
+        from_wheel=from_wheel,
     )
     if start is not None:
         learned, origin = load_method(start, loaded)
@@ -192,6 +200,7 @@ def evaluate(
     json_output: common.Json = False,
     seed: common.Seed = 0,
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
     dtype: common.Dtype = "auto",
     quantize: common.Quantize = None,
     revision: common.Revision = None,
@@ -205,6 +214,7 @@ def evaluate(
     from mendlm.evaluation import EvaluationConfig
     from mendlm.evaluation import evaluate as run_evaluation
     from mendlm.files import refuse_existing
+    from mendlm.processes import is_main
     from mendlm.tasks import load_edits, load_unrelated
 
     given = {"num_edits": num_edits, "sequential": sequential, "chat": chat, "scale": scale, "seed": seed}
@@ -214,7 +224,14 @@ def evaluate(
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
+        model,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        device_map=device_map,
+        revision=revision,
+        from_wheel=from_wheel,
     )
     others = {name: value for name, value in values.items() if name not in own}
     chosen, _ = common.open_method(
@@ -232,7 +249,8 @@ def evaluate(
             about={"command": common.command_line(sys.argv)},
             callback=show,
         )
-    results.save(out, force=force)
+    if is_main():
+        results.save(out, force=force)
     if json_output:
         common.emit(True, results.summary, "")
         return

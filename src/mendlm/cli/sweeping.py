@@ -32,6 +32,7 @@ def sweep(
     json_output: common.Json = False,
     seed: learning.OwnSeed = None,
     device: common.Device = None,
+    device_map: common.DeviceMap = None,
     dtype: common.Dtype = "auto",
     quantize: common.Quantize = None,
     revision: common.Revision = None,
@@ -47,6 +48,7 @@ def sweep(
     from mendlm.files import plain
     from mendlm.layers import choose, default_layers
     from mendlm.models import base_of
+    from mendlm.processes import is_main
     from mendlm.report import write_sweep
     from mendlm.training import TrainConfig
 
@@ -59,7 +61,14 @@ def sweep(
         plans[point] = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
     requests, unrelated, held_out = learning.texts(data, locality, valid, skip_bad=skip_bad)
     loaded, tokenizer = common.open_model(
-        model, seed=seed or 0, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
+        model,
+        seed=seed or 0,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        device_map=device_map,
+        revision=revision,
+        from_wheel=from_wheel,
     )
     if blocks:
         layers = {point: tuple(spec.name for spec in default_layers(loaded, wanted)) for point, wanted in blocks.items()}
@@ -97,6 +106,8 @@ def sweep(
         scored = min(len(held_out.examples), training.valid_examples) if held_out else 0
         found[point] = _scores(run.folder / "metrics.jsonl", min(training.batch_size, len(requests.examples)), scored)
     result = {"sweep": key, "steps": steps, "requests": requests.name, "valid": valid and held_out and held_out.name, **same}
+    if not is_main():
+        return
     written = write_sweep({**result, "values": found}, out)
     common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, written[0].read_text().rstrip())
 

@@ -14,6 +14,7 @@ from mendlm.apply import Edit, Intervention, join
 from mendlm.errors import InputError, LayerError
 from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
+from mendlm.models import is_sharded
 from mendlm.recording import Gradient, record
 from mendlm.text import Batch, scored_logits
 
@@ -73,6 +74,8 @@ class Learned(nn.Module, Method):
 
     learning_rate: ClassVar[float]
     """A rate of Adam that suits the parameters."""
+    needs_whole_base: ClassVar[bool] = False
+    """Whether it uses weights outside the model's own passes, and so cannot do with a base that is split over processes."""
 
     def __init__(self, specs: Sequence[LayerSpec], config: Any) -> None:
         super().__init__()
@@ -97,6 +100,9 @@ class Learned(nn.Module, Method):
     def prepare(self, model: Any, batch: Batch) -> None:
         """See some training requests before the first step."""
 
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Bring together what several processes have seen by `prepare`; `total` sums a tensor over all of them."""
+
     def rates(self) -> list[nn.Parameter]:
         """The parameters that are logarithms of step sizes and the like: they learn at a rate of their own."""
         return []
@@ -115,7 +121,12 @@ class Learned(nn.Module, Method):
         return self.record(model, batch)[0]
 
     def require_fit(self, model: nn.Module) -> None:
-        """Raise `LayerError` unless the model has all of the editor's layers in their shapes."""
+        """Raise `LayerError` unless the model has all of the editor's layers in their shapes, and its weights at hand."""
+        if self.needs_whole_base and is_sharded(model):
+            raise LayerError(
+                f"the method '{self.name}' needs the whole base in each process, but its weights are split; "
+                "use mend or malmen, or spread the model by the device map 'auto'"
+            )
         available = editable(model)
         for spec in self.specs:
             found = available.get(spec.name)

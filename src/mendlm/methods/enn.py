@@ -48,6 +48,7 @@ class Enn(Learned):
 
     name = "enn"
     learning_rate = 1e-4
+    needs_whole_base = True
 
     def __init__(self, specs: Sequence[LayerSpec], config: EnnConfig | None = None) -> None:
         config = config or EnnConfig()

@@ -26,6 +26,7 @@ from mendlm.layers import LayerSpec
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.lowrank import LowRank
 from mendlm.methods.base import Method, transposed
+from mendlm.models import device_of
 from mendlm.replay import Trunk
 from mendlm.text import Batch, scored_logits
 
@@ -130,12 +131,12 @@ class FineTune(Method):
     @torch.enable_grad()
     def _tune(self, model: Any, batch: Batch) -> Edit:
         trunk = Trunk.where_possible(model, self.specs)
-        starts = {spec.name: self._start(spec, batch.size, model.device) for spec in self.specs}
+        starts = {spec.name: self._start(spec, batch.size, device_of(model)) for spec in self.specs}
         edit = Edit({name: update for name, (update, _) in starts.items()}, transposed(self.specs))
         changes = [tensor for _, tuned in starts.values() for tensor in tuned]
         optimizer = _OPTIMIZERS[self.config.optimizer](changes, lr=self.config.rate)
         tape = trunk.run(model, batch.inputs)
-        done = torch.zeros(batch.size, dtype=torch.bool, device=model.device)
+        done = torch.zeros(batch.size, dtype=torch.bool, device=device_of(model))
         for _ in range(self.config.steps):
             with trunk.replay(tape), applied(model, edit):
                 logits = scored_logits(model, batch)

@@ -50,6 +50,7 @@ class KnowledgeEditor(Learned):
 
     name = "ke"
     learning_rate = 1e-3
+    needs_whole_base = True
 
     def __init__(self, specs: Sequence[LayerSpec], config: KnowledgeEditorConfig) -> None:
         super().__init__(specs, config)

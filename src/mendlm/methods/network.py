@@ -21,7 +21,7 @@ Legend: `z` (*batch, rows, width), of one layer; `width` = d_in + d_out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,6 +96,15 @@ class Normalizer(nn.Module):
         self.squares += squares + shift.square() * (self.count * new / total).to(z.dtype)
         self.mean += shift * (new / total).to(z.dtype)
         self.count += new
+
+    @torch.no_grad()
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Take in what other processes have counted; `total` sums a tensor over all of them."""
+        count = total(self.count)
+        mean = total(self.count * self.mean.double()) / count.clamp(min=1)
+        squares = total(self.squares.double() + self.count * (self.mean.double() - mean).square())
+        for own, merged in ((self.count, count), (self.mean, mean), (self.squares, squares)):
+            own.copy_(merged)
 
     def forward(self, z: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         """`(z - mean) / std`, with a floor of 1e-6 of the largest std. Before there are statistics, z itself."""
@@ -179,6 +188,12 @@ class RowEditor(Learned):
     def prepare(self, model: Any, batch: Batch) -> None:
         """Take the requests' rows into the statistics."""
         self.fit_normalizer(self.gradient(model, batch))
+
+    def merge(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Merge the statistics of all processes."""
+        for normalizer in self.normalizers.values():
+            assert isinstance(normalizer, Normalizer)
+            normalizer.merge(total)
 
     def fit_normalizer(self, gradient: Gradient) -> None:
         """Take the gradient's rows into the statistics."""
