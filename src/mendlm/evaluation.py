@@ -108,6 +108,11 @@ class Evaluator:
         self, method: Method, specs: Sequence[LayerSpec], model: Any, tokenizer: Any, config: EvaluationConfig
     ) -> None:
         self.method, self.model, self.config = method, model, config
+        method.require_fit(model)
+        if not method.edits_weights and (config.scale != 1 or config.sequential):
+            what = f"scale is {config.scale}" if config.scale != 1 else "edits one after another were asked for"
+            why = "has no strength to change" if config.scale != 1 else "keeps each request by itself, in any order"
+            raise InputError(f"{what}, but the method '{method.name}' {why}; leave that out")
         self.formatter = Formatter.of(model, tokenizer)
         self.trunk = Trunk.where_possible(model, specs)
         follows = getattr(getattr(method, "config", None), "normalizer_follows", False)
@@ -126,8 +131,6 @@ class Evaluator:
         """The edits of a chunk of requests, one a group of `num_edits` of them, all at once."""
         k = self.config.num_edits
         if not self.method.edits_weights:
-            if self.config.scale != 1:
-                raise InputError(f"scale is {self.config.scale}, but the method '{self.method.name}' has no strength to change")
             other: Any = self.method.edit(self.model, self.formatter.batch(texts))
             return cast("Intervention", other.grouped(k))
         return self._edit_batch(texts, k)

@@ -41,7 +41,6 @@ class TrunkCache:
         self._states: dict[bytes, Tensor] = {}
         self._new: dict[bytes, Tensor] = {}
         with storing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(self.folder.glob("*.safetensors")):
                 try:
                     self._read(path)
@@ -84,6 +83,8 @@ class TrunkCache:
             "lengths": torch.tensor([len(row) for row in self._new.values()]),
             "texts": torch.tensor([list(text) for text in self._new], dtype=torch.uint8),
         }
+        with storing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)  # only now: a training that is refused leaves no folder
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         write_tensors(path, tensors)
         self._read(path)

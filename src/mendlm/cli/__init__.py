@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any, NoReturn
 
 import typer
 
 from mendlm.cli import comparing, data, edits, learning, sweeping
-from mendlm.errors import MendError
+from mendlm.errors import InputError, MendError
 
 app = typer.Typer(
     name="mendlm",
@@ -34,15 +35,28 @@ for command in (
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 app.add_typer(data.app, name="data")
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+"""click's `UsageError`, from the click that typer brings along or depends on."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; exits the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
     try:
-        app(arguments, prog_name="mendlm")
+        code = app(arguments, prog_name="mendlm", standalone_mode=not as_json)  # which shows errors of usage in its own way
+    except _USAGE_ERROR as error:
+        refuse(InputError(error.format_message()), as_json=as_json)
+    except typer.Abort:
+        sys.exit(130)
     except MendError as error:
-        if "--json" in arguments:
-            sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}) + "\n")
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        refuse(error, as_json=as_json)
+    sys.exit(code or 0)
+
+
+def refuse(error: MendError, *, as_json: bool) -> NoReturn:
+    """Say what is wrong, with `as_json` on standard output too, and exit with code 2."""
+    if as_json:
+        sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}) + "\n")
+    sys.stderr.write(f"error: {error}\n")
+    sys.exit(2)
