@@ -415,6 +415,16 @@ def test_inspect_names_a_classifiers_labels(run: Command, tmp_path: Path, capsys
     assert "takes no chat turns" in run("generate", "--model", tmp_path / "bert", "--prompt", "Who?", "--chat", fails=True)
 
 
+def test_text_output_of_eval_says_what_is_made_of_the_data(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    (place / "claims.jsonl").write_text('{"claim": "Oslo is old.", "label": "SUPPORTS"}\n')
+    with pytest.raises(SystemExit):
+        main(["eval", *ON, "--data", "fever:claims.jsonl", "--set", "generate=false", "--out", str(tmp_path / "e")])
+    assert "fever:claims.jsonl: rephrasings of 1 of 1 FEVER claims are made by mendlm's templates" in capsys.readouterr().out
+
+
 def test_text_output(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     with pytest.raises(SystemExit):

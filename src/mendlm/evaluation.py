@@ -10,6 +10,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import gc
 import itertools
 import json
 import time
@@ -332,14 +333,19 @@ class Evaluator:
             better = [a < b for a, b in zip(old.nll, new.nll, strict=True)]
             rows[i]["new_over_old"].setdefault("neighbour", []).append(better)
 
-    def time_edits(self, examples: Sequence[EditExample]) -> tuple[list[float], int]:
-        """Milliseconds of single edits, one a call, the first unmeasured; and the bytes of one as an adapter."""
-        times, size = [], 0
+    def time_edits(self, examples: Sequence[EditExample]) -> tuple[list[float], float, int]:
+        """Milliseconds of single edits, one a call, the first unmeasured; by how many MiB they raise the memory in use at
+        their peak; and the bytes of one as an adapter.
+        """
+        times, size, device = [], 0, self.formatter.device
+        gc.collect()
+        memory.forget_peak(device)
+        start = memory.peak_mb(device)
         for example in [examples[0], *examples[: self.config.timed_edits]]:
             batch = self.formatter.batch([self.encode(example, example.prompt)])
             begun = time.perf_counter()
             edit = self.method.edit(self.model, batch)
-            if self.formatter.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - begun))
             if not isinstance(edit, Edit):
@@ -348,7 +354,7 @@ class Evaluator:
             updates = (own if change is None else change.detach() + own).updates
             rank = max(rank_of(updates), max(update.rows for update in updates.values()))
             size = max(size, rank * sum(4 * sum(update.shape) for update in updates.values()))
-        return times[1:], size
+        return times[1:], memory.peak_mb(device) - start, size
 
 
 def evaluate(
@@ -393,8 +399,9 @@ def evaluate(
         row["index"] = index
     answered = ", ".join((data.name, *(source.name for source in locality)))
     prose = ", ".join(source.name for source in locality if source.prose) or f"unrelated answers of {answered}"
+    peak = memory.peak_mb(evaluator.formatter.device)
     with evaluator.own_statistics():
-        times, size = evaluator.time_edits(examples)
+        times, edit_memory, size = evaluator.time_edits(examples)
     base, settings = base_of(model), getattr(method, "config", None)
     summary = {
         "format": metrics.FORMAT,
@@ -419,7 +426,8 @@ def evaluate(
         **metrics.summarise(rows, seed=config.seed, labels=evaluator.formatter.family == "classifier"),
         "drawdown_text": prose,
         "edit_ms": {"p50": metrics.percentile(times, 0.5), "p95": metrics.percentile(times, 0.95)},
-        "peak_memory_mb": memory.peak_mb(evaluator.formatter.device),
+        "edit_memory_mb": edit_memory,
+        "peak_memory_mb": peak,
         "adapter_bytes": size,
     }
     return Results(rows, summary)
