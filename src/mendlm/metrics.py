@@ -9,7 +9,7 @@ What the metrics mean:
 - token_accuracy: the share of target tokens that are the argmax, on the exact prompt;
 - new_over_old (Meng et al., 2022): the share of prompts (efficacy) and rephrasings (paraphrase) where the target is likelier
   than the old answer, and of neighbours with that old answer where it is still likelier than the target (neighbourhood);
-  likelier by mean NLL of its tokens; score is the harmonic mean of the three;
+  likelier by mean NLL of its tokens; score is the harmonic mean of the three, its interval over edits that have all of them;
 - portability: success on prompts whose answers follow from the edit, by the kinds that the data names;
 - success_when_made: of edits made one after another, success right after its own edit, before the later ones; of_earlier and
   of_later: success after all of them, of the first and the second half of a group;

@@ -131,8 +131,8 @@ def compare(
     if done:
         _write(done, out)
         common.note(f"what could be scored is in {out}")
-    names = {why: "; ".join(f"{name}, {count} together" for name, count in same) for why, same in refused.items()}
-    raise InputError("\n".join(f"{cells} cannot be scored: {why}" for why, cells in names.items()))
+    said = {why: "; ".join(f"{name}, {count} together" for name, count in same) for why, same in refused.items()}
+    raise InputError("\n".join(f"{which} cannot be scored: {why}" for why, which in said.items()))
 
 
 def report(
