@@ -456,9 +456,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "no target": (["edit", "--editor", "run", "--prompt", "Who?"], ["--target"]),
     "empty target": (["edit", "--editor", "run", "--prompt", "Who?", "--target", " "], ["target is empty"]),
     "long request": (["eval", "--editor", "run", "--data", "records:long.jsonl"], ["window 128"]),
-    "long training request": (["train", "--data", "records:long.jsonl", "--trunk-cache", "cache"], ["window 128"]),
+    "long training request": (["train", "--data", "records:long.jsonl", "--trunk-cache", "CACHE"], ["window 128"]),
     "long request of a sweep": (["sweep", "clip", "1", "--data", "records:long.jsonl"], ["window 128"]),
     "long prompt": (["edit", "--editor", "run", "--prompt", "who " * 400, "--target", "Bo"], ["window 128"]),
+    "no rows": (["edit", "--method", "cache", "--prompt", "Who?", "--target", "Bo"], ["'cache' does not edit weights"]),
     "no editor": (["edit", "--prompt", "Who?", "--target", "Bo"], ["mendlm train", "--editor"]),
     "missing editor": (["edit", "--editor", "none", "--prompt", "Who?", "--target", "Bo"], ["none"]),
     "method": (["eval", "--method", "rome", "--data", "records:facts.jsonl"], ["rome", "mend"]),
@@ -471,7 +472,7 @@ def test_bad_input_is_one_clear_message(run: Command, place: Path, tmp_path: Pat
     (place / "bad.jsonl").write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n')
     arguments, said = BAD[name]
     (place / "long.jsonl").write_text(json.dumps({"prompt": "who " * 400, "target": "Bo"}) + "\n")
-    arguments = [str(tmp_path / "cache") if one == "cache" else one for one in arguments]
+    arguments = [str(tmp_path / "cache") if one == "CACHE" else one for one in arguments]
     message = run(*arguments, "--model", "model", "--out", tmp_path / "new" / "out", fails=True)
     for words in said:
         assert words in message
