@@ -4,9 +4,9 @@
     python benchmarks/paper.py --data-dir DIR --work DIR fever-bert many    # some of it
 
 Each part is a few `mendlm` commands in processes of their own; what is done is kept in --work, so that an interrupted run
-goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all cells, commands and seconds) and pictures to
-docs/images/. `--share 0.05` shortens every training to that share of its steps, in a folder of its own, to see whether it all
-runs; nothing is published then, nor with --limit.
+goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all cells, the machine, and every command with its
+seconds) and pictures to docs/images/. `--share 0.05` shortens every training to that share of its steps, in a folder of its
+own, to see whether it all runs; nothing is published then, nor with --limit.
 
 Drivers of parts without a base or editors in common may share a folder.
 FEVER's claims and Natural Questions are divided once: bases and editors see the larger part, and scores come from the other.
@@ -161,17 +161,26 @@ class Driver:
     """Runs parts in a work folder, and remembers how long each command took."""
 
     def __init__(self, data: Path, work: Path, share: float, limit: int | None, device: str) -> None:
-        self.data, self.work, self.share, self.limit, self.device = data, work, share, limit, device
-        self.times = work / "seconds.json"
+        self.data, self.work, self.share, self.limit, self.device = data.resolve(), work.resolve(), share, limit, device
+        self.times, self.words = work / "seconds.json", work / "commands.json"
 
     @property
     def seconds(self) -> dict[str, float]:
         """Command -> its seconds so far, of every driver that works in the folder."""
         return read_json(self.times) if self.times.is_file() else {}
 
+    @property
+    def commands(self) -> dict[str, str]:
+        """The same names -> the commands as they were last given, with WORK and DATA for the folders."""
+        return read_json(self.words) if self.words.is_file() else {}
+
     def run(self, name: str, command: Sequence[str]) -> None:
-        """Run a command; its seconds, those of earlier interrupted tries included, are kept."""
+        """Run a command; its words, and its seconds with those of earlier interrupted tries, are kept."""
         print(f"== {name}: {shlex.join(command[1:])}", flush=True)
+        words = shlex.join(["python", *command[1:]])
+        for folder, short in ((self.work, "WORK"), (self.data, "DATA"), (HERE, "benchmarks")):
+            words = words.replace(str(folder), short)
+        write_json(self.words, self.commands | {name: words})
         begun = time.perf_counter()
         try:
             subprocess.run(command, check=True)
@@ -285,9 +294,12 @@ class Driver:
             f"base {PARTS[name].base}",
             "sampling wikitext" if "wikitext" in name else "-",
         )
-        seconds = {key: value for key, value in self.seconds.items() if key.startswith(mine)}
+        seconds, commands = (
+            {key: value for key, value in kept.items() if key.startswith(mine)} for kept in (self.seconds, self.commands)
+        )
         machine = bench.machine(torch.device(self.device))
-        result = {"part": name, "machine": machine, "share": self.share, "seconds": seconds, "cells": cells}
+        about = {"part": name, "machine": machine, "share": self.share, "seconds": seconds, "commands": commands}
+        result = {**about, "cells": cells}
         published = self.share == 1 and self.limit is None
         target = HERE if published else self.work
         (target / "results").mkdir(exist_ok=True)

@@ -16,6 +16,8 @@ from mendlm.apply import Edit
 from mendlm.layers import LayerSpec
 from mendlm.losses import bernoulli_nll
 from mendlm.lowrank import LowRank
+from mendlm.methods.cache import CERTAIN
+from mendlm.methods.enn import Enn
 from mendlm.methods.knowledge_editor import KnowledgeEditor
 from mendlm.methods.malmen import Malmen
 from mendlm.methods.mend import Mend
@@ -30,10 +32,14 @@ def stored(model: Any, spec: LayerSpec, change: Tensor) -> Tensor:
     return weight + (change.mT if spec.transposed else change).to(weight.dtype)
 
 
+def as_stored(model: Any, specs: Iterable[LayerSpec], changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layers' parameters by name, after adding (d_out, d_in) changes."""
+    return {f"{spec.name}.weight": stored(model, spec, changes[spec.name]) for spec in specs}
+
+
 def run_dense(model: Any, specs: Iterable[LayerSpec], changes: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
     """The logits with dense weight changes, by `torch.func.functional_call`."""
-    weights = {f"{spec.name}.weight": stored(model, spec, changes[spec.name]) for spec in specs}
-    return torch.func.functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits
+    return functional_call(model, as_stored(model, specs, changes), kwargs={**inputs, "use_cache": False}).logits
 
 
 def changed(model: Any, specs: Iterable[LayerSpec], changes: Mapping[str, Tensor]) -> Any:
@@ -205,25 +211,114 @@ def knowledge_editor(
     return changes
 
 
+def enn(editor: Enn, model: Any, form: Formatter, texts: Sequence[Encoded]) -> dict[str, Tensor]:
+    """The weights under ENN's edits of some requests at once, `W + C - sum alpha G(W + C)`, with dense gradients."""
+    base = as_stored(model, editor.specs, {spec.name: c for spec, c in zip(editor.specs, editor.changes, strict=True)})
+    weights = dict(base)
+    for text in texts:
+        inputs, places = one_text(model, form, text)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            logits = functional_call(model, base, kwargs={**inputs, "use_cache": False}).logits[0, places]
+        loss = F.cross_entropy(logits, torch.tensor(text.target))
+        slopes = torch.autograd.grad(loss, list(base.values()), create_graph=True)
+        for name, rate, slope in zip(base, editor.log_rates.exp(), slopes, strict=True):
+            weights[name] = weights[name] - rate * slope
+    return weights
+
+
+def prompt(model: Any, form: Formatter, fact: Sequence[int], text: Encoded) -> Tensor:
+    """The target's logits of one text with the fact written into it."""
+    inputs, places = one_text(model, form, Encoded((*fact, *text.prompt), text.target, text.ended))
+    with torch.no_grad():
+        return model(**inputs).logits[0, places]
+
+
+def state_and_logits(model: Any, form: Formatter, text: Encoded) -> tuple[Tensor, Tensor]:
+    """What the head reads and says at the target's places, of one text alone."""
+    read: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    inputs, places = one_text(model, form, text)
+    try:
+        with torch.no_grad():
+            logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    return read[0][0, places], logits[0, places]
+
+
+def cache(model: Any, form: Formatter, known: Encoded, asked: Encoded, radius: float) -> tuple[Tensor, list[int]]:
+    """The logits of a text under the memory of another, state by state and key by key; the tokens it says, -1 for none."""
+    keys, _ = state_and_logits(model, form, known)
+    states, logits = state_and_logits(model, form, asked)
+    said = []
+    for place, state in enumerate(states):
+        away = [float((state - key).norm() / key.norm()) for key in keys]
+        best = min(range(len(away)), key=away.__getitem__)
+        said.append(known.target[best] if away[best] <= radius else -1)
+        if said[-1] >= 0:
+            logits[place] = 0
+            logits[place, said[-1]] = CERTAIN
+    return logits, said
+
+
 def fine_tune(
-    model: Any, specs: Sequence[LayerSpec], batch: Batch, optimizer: Any, steps: int
+    model: Any,
+    specs: Sequence[LayerSpec],
+    batch: Batch,
+    optimizer: Any,
+    steps: int,
+    *,
+    stop_nll: float | None = None,
+    others: Sequence[Batch] = (),
+    weights_of_losses: tuple[float, float] = (1.0, 0.0),
 ) -> tuple[dict[str, Tensor], int]:
-    """Fine-tuning of real weights on one example; the weight changes and the number of steps taken."""
-    tuned = copy.deepcopy(model)
+    """Fine-tuning of real weights on one example; the weight changes and the number of steps taken.
+
+    Stops when every target token is the argmax, or at a mean NLL. The loss is `c_e NLL + c_kl KL`, the latter from the
+    base on one of the other texts a step.
+    """
+    tuned, (c_e, c_kl) = copy.deepcopy(model), weights_of_losses
     weights = [tuned.get_submodule(spec.name).weight.requires_grad_(True) for spec in specs]
     stepper = optimizer(weights)
     for done in range(steps + 1):
         logits = tuned(**batch.inputs, use_cache=False).logits[batch.row, batch.column]
-        if done == steps or (logits.argmax(-1) == batch.label).all():
+        loss = F.cross_entropy(logits, batch.label)
+        right = (logits.argmax(-1) == batch.label).all()
+        if done == steps or (right if stop_nll is None else loss <= stop_nll):
             break
+        loss = c_e * loss
+        if others:
+            other = others[done % len(others)]
+            base, now = (m(**other.inputs, use_cache=False).logits[other.row, other.column] for m in (model, tuned))
+            loss = loss + c_kl * F.kl_div(now.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="batchmean")
         stepper.zero_grad()
-        F.cross_entropy(logits, batch.label).backward()
+        loss.backward()
         stepper.step()
     changes = {}
     for spec, weight in zip(specs, weights, strict=True):
         change = (weight - model.get_submodule(spec.name).weight).detach()
         changes[spec.name] = change.mT if spec.transposed else change
     return changes, done
+
+
+def lora(
+    model: Any, specs: Sequence[LayerSpec], batch: Batch, rank: int, rate: float, steps: int
+) -> tuple[dict[str, Tensor], int]:
+    """Adam on the factors of `W + B A` on one example, B from zero; the weight changes and the number of steps taken."""
+    factors = {}
+    for spec in specs:
+        a = torch.randn(rank, spec.d_in, generator=torch.Generator().manual_seed(0)) / spec.d_in**0.5
+        factors[spec.name] = torch.zeros(spec.d_out, rank).requires_grad_(), a.requires_grad_()
+    stepper = torch.optim.Adam([factor for pair in factors.values() for factor in pair], lr=rate)
+    for done in range(steps + 1):
+        changes = {name: b @ a for name, (b, a) in factors.items()}
+        logits = run_dense(model, specs, changes, batch.inputs)[batch.row, batch.column]
+        if done == steps or (logits.argmax(-1) == batch.label).all():
+            break
+        stepper.zero_grad()
+        F.cross_entropy(logits, batch.label).backward()
+        stepper.step()
+    return {name: change.detach() for name, change in changes.items()}, done
 
 
 def kl(log_p: Sequence[float], log_q: Sequence[float]) -> float:

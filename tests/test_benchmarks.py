@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from cases import byte_tokenizer, tiny
 from mendlm.checkpoint import save_editor
 from mendlm.layers import default_layers
 from mendlm.methods.mend import Mend, MendConfig
+from test_report import CELL
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
@@ -24,6 +26,26 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "memory": (["--batch", "4"], ["peak_over_floor", "oracle_over_floor"]),
     "startup": (["--no-demo"], ["help_over_python", "import_over_python"]),
 }
+
+
+def test_the_papers_driver_publishes_its_commands_and_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    paper = importlib.import_module("paper")
+    work, data = tmp_path / "work", tmp_path / "data"
+    (work / "ablations" / "compared" / "cells" / "mend-1").mkdir(parents=True)
+    (work / "ablations" / "compared" / "cells" / "mend-1" / "summary.json").write_text(json.dumps(CELL))
+    driver = paper.Driver(data, work, 1.0, 1, "cpu")
+    for name in ("train ablations mend@1", "train many mend@1"):
+        driver.run(
+            name,
+            [sys.executable, "-c", "pass", str(BENCHMARKS / "x.py"), f"zsre:{driver.data}/a.json", str(driver.work / "run")],
+        )
+    driver.publish("ablations", [""])
+    result = json.loads((work / "results" / "paper-ablations.json").read_text())
+    assert result["commands"] == {"train ablations mend@1": "python -c pass benchmarks/x.py zsre:DATA/a.json WORK/run"}
+    assert result["seconds"].keys() == result["commands"].keys()
+    assert result["machine"]["torch"]
+    assert [cell["method"] for cell in result["cells"]] == ["mend"]
 
 
 @pytest.mark.slow

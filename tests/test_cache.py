@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -13,40 +11,13 @@ from cases import byte_tokenizer, tiny
 from mendlm.errors import InputError
 from mendlm.evaluation import EvaluationConfig, evaluate
 from mendlm.methods import cache
-from mendlm.methods.cache import CERTAIN, Cache, CacheConfig, Memory, _marked, _marks
+from mendlm.methods.cache import Cache, CacheConfig, Memory, _marked, _marks
 from mendlm.tasks import Dataset, EditExample, Probe
-from mendlm.text import Encoded, Formatter, scored_logits
+from mendlm.text import Formatter, scored_logits
 
 GENERATORS = ("gpt2", "llama", "opt", "gemma3", "t5", "bart")
 REQUESTS = (("Who is Ana?", "a baker", True), ("The home of Bo Rask is", " by the sea", False), ("Cy likes", " an", False))
 ASKED = (("Who is Ana", "a baker"), ("Cy likes", " an ox"), ("The river runs through the old", " an old capital"))
-
-
-def state_and_logits(model: Any, form: Formatter, text: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the head reads and says at the target's places, of one text alone."""
-    read = []
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    inputs, places = oracles.one_text(model, form, text)
-    try:
-        with torch.no_grad():
-            logits = model(**inputs).logits
-    finally:
-        handle.remove()
-    return read[0][0, places], logits[0, places]
-
-
-def expected(model: Any, form: Formatter, known: Encoded, asked: Encoded, radius: float) -> tuple[torch.Tensor, list[int]]:
-    keys, _ = state_and_logits(model, form, known)
-    states, logits = state_and_logits(model, form, asked)
-    said = []
-    for place, state in enumerate(states):
-        away = [float((state - key).norm() / key.norm()) for key in keys]
-        best = min(range(len(away)), key=away.__getitem__)
-        said.append(known.target[best] if away[best] <= radius else -1)
-        if said[-1] >= 0:
-            logits[place] = 0
-            logits[place, said[-1]] = CERTAIN
-    return logits, said
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -66,7 +37,7 @@ def test_it_answers_where_a_state_is_near_a_key_and_only_there(name: str) -> Non
         assert torch.equal(scored_logits(model, batch), base)
     answered = []
     for row, text in enumerate(asked[:2]):
-        logits, said = expected(model, form, known[routing[row]], text, radius)
+        logits, said = oracles.cache(model, form, known[routing[row]], text, radius)
         answered += said
         mine = found[batch.row == row]
         assert_close(mine.log_softmax(-1).exp(), logits.log_softmax(-1).exp(), rtol=1e-3, atol=1e-4)

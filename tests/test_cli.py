@@ -256,18 +256,22 @@ SWEEP = ("--model", "model", "--data", "records:facts.jsonl", "--set", "batch_si
 
 
 def test_compare_in_turn_scores_all_requests_under_the_edits_made_one_after_another(run: Command, tmp_path: Path) -> None:
-    how = ("--methods", "ft", "--num-edits", "1,3", "--set", "generate=false", "--set", "ft.steps=2")
+    how = ("--methods", "ft,cache", "--num-edits", "1,3", "--set", "generate=false", "--set", "ft.steps=2")
     found = {}
     for name, more in (("at once", ()), ("in turn", ("--sequential",))):
         run(*COMPARE, *how, *more, "--out", tmp_path / name)
         found[name] = json.loads((tmp_path / name / "table.json").read_text())
-    assert [(cell["num_edits"], cell["sequential"]) for cell in found["in turn"]] == [(1, False), (3, True)]
+    cells = [(cell["method"], cell["num_edits"], cell["sequential"]) for cell in found["in turn"]]
+    assert cells == [("cache", 1, False), ("cache", 3, False), ("ft", 1, False), ("ft", 3, True)]
     same = ("success", "weight_change", "locality")
-    assert [found["in turn"][0][key] for key in same] == [found["at once"][0][key] for key in same]
+    for place in (0, 1, 2):
+        assert [found["in turn"][place][key] for key in same] == [found["at once"][place][key] for key in same]
     alone = run("eval", "--method", "ft", "--model", "model", "--data", "records:facts.jsonl", "--locality", "text:text.txt",
                 "--sequential", "--set", "generate=false", "--set", "steps=2", "--out", tmp_path / "e")  # fmt: skip
-    assert [found["in turn"][1][key] for key in same] == [alone[key] for key in same]
-    assert alone["weight_change"] != found["at once"][1]["weight_change"]
+    assert [found["in turn"][3][key] for key in same] == [alone[key] for key in same]
+    assert alone["weight_change"] != found["at once"][3]["weight_change"]
+    refused = run("eval", "--method", "cache", *COMPARE[1:5], "--sequential", "--out", tmp_path / "x", fails=True)
+    assert "keeps each request by itself" in refused
 
 
 def test_sweep_trains_each_value_as_train_does_and_goes_on_where_it_stopped(
@@ -411,6 +415,16 @@ def test_inspect_names_a_classifiers_labels(run: Command, tmp_path: Path, capsys
     assert "takes no chat turns" in run("generate", "--model", tmp_path / "bert", "--prompt", "Who?", "--chat", fails=True)
 
 
+def test_text_output_of_eval_says_what_is_made_of_the_data(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    (place / "claims.jsonl").write_text('{"claim": "Oslo is old.", "label": "SUPPORTS"}\n')
+    with pytest.raises(SystemExit):
+        main(["eval", *ON, "--data", "fever:claims.jsonl", "--set", "generate=false", "--out", str(tmp_path / "e")])
+    assert "fever:claims.jsonl: rephrasings of 1 of 1 FEVER claims are made by mendlm's templates" in capsys.readouterr().out
+
+
 def test_text_output(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     with pytest.raises(SystemExit):
@@ -423,12 +437,17 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["train", "--data", "records:facts.jsonl", "--set", 'editor.layers=["*.mlp.gate_prj"]'],
         ["gate_prj", "gate_proj"],
     ),
-    "setting": (["train", "--data", "records:facts.jsonl", "--set", "batchsize=3"], ["batchsize", "batch_size"]),
+    "setting": (["train", "--data", "records:facts.jsonl", "--set", "batchsize=3"], ["batchsize", "it has steps, batch_size"]),
     "type": (["train", "--data", "records:facts.jsonl", "--set", "steps=many"], ["steps", "many"]),
     "config": (["train", "--data", "records:facts.jsonl", "--config", "none.toml"], ["none.toml"]),
     "config folder": (["train", "--data", "records:facts.jsonl", "--config", "."], ["cannot be read", "TOML"]),
     "flag": (["train", "--data", "records:facts.jsonl", "--set", "batch_size=true"], ["batch_size", "expected int", "True"]),
     "no value": (["eval", "--data", "records:facts.jsonl", "--set", "nonsense"], ["nonsense", "NAME=VALUE"]),
+    "tracker": (["train", "--data", "records:facts.jsonl", "--set", "tracker=foo"], ["'foo'", "tensorboard", "wandb"]),
+    "a tracker that is not here": (
+        ["train", "--data", "records:facts.jsonl", "--set", "tracker=clearml"],
+        ["'clearml' is not installed", "leave the tracker out"],
+    ),
     "device": (["eval", "--data", "records:facts.jsonl", "--device", "nope"], ["'nope'", "this machine has cpu"]),
     "plain text": (["eval", "--data", "records:text.txt"], ["text.txt", "text:text.txt"]),
     "task": (["train", "--data", "facts.jsonl"], ["TASK:PATH", "counterfact"]),
@@ -436,7 +455,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "record": (["train", "--data", "records:bad.jsonl"], ["bad.jsonl", "record 2", "target"]),
     "no target": (["edit", "--editor", "run", "--prompt", "Who?"], ["--target"]),
     "empty target": (["edit", "--editor", "run", "--prompt", "Who?", "--target", " "], ["target is empty"]),
+    "long request": (["eval", "--editor", "run", "--data", "records:long.jsonl"], ["window 128"]),
+    "long training request": (["train", "--data", "records:long.jsonl", "--trunk-cache", "CACHE"], ["window 128"]),
+    "long request of a sweep": (["sweep", "clip", "1", "--data", "records:long.jsonl"], ["window 128"]),
     "long prompt": (["edit", "--editor", "run", "--prompt", "who " * 400, "--target", "Bo"], ["window 128"]),
+    "no rows": (["edit", "--method", "cache", "--prompt", "Who?", "--target", "Bo"], ["'cache' does not edit weights"]),
     "no editor": (["edit", "--prompt", "Who?", "--target", "Bo"], ["mendlm train", "--editor"]),
     "missing editor": (["edit", "--editor", "none", "--prompt", "Who?", "--target", "Bo"], ["none"]),
     "method": (["eval", "--method", "rome", "--data", "records:facts.jsonl"], ["rome", "mend"]),
@@ -448,7 +471,9 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
 def test_bad_input_is_one_clear_message(run: Command, place: Path, tmp_path: Path, name: str) -> None:
     (place / "bad.jsonl").write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n')
     arguments, said = BAD[name]
-    message = run(*arguments, "--model", "model", "--out", tmp_path / "out", fails=True)
+    (place / "long.jsonl").write_text(json.dumps({"prompt": "who " * 400, "target": "Bo"}) + "\n")
+    arguments = [str(tmp_path / "cache") if one == "CACHE" else one for one in arguments]
+    message = run(*arguments, "--model", "model", "--out", tmp_path / "new" / "out", fails=True)
     for words in said:
         assert words in message
     assert not list(tmp_path.iterdir())
@@ -466,8 +491,49 @@ def test_compare_says_what_is_wrong_with_a_later_cell_before_it_scores_an_earlie
     monkeypatch.setattr("mendlm.evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
     methods = ("--methods", "ft,lora", "--out", tmp_path / "c")
     assert "rank" in run(*COMPARE, *methods, "--set", "lora.rank=0", fails=True)
+    others = ("--methods", "ft,prompt,mend", "--editor", "mend=run", "--out", tmp_path / "c")
+    assert "'prompt' has no strength" in run(*COMPARE, *others, "--set", "scale=2.0", fails=True)
+    follows = ("--num-edits", "1,3", "--set", "mend.normalizer_follows=true")
+    assert "give --sequential too" in run(*COMPARE, *others, *follows, fails=True)
+    assert "a classifier cannot be told a fact" in run(*on_claims(tmp_path / "bert"), *methods[:1], "ft,prompt", *methods[2:],
+                                                       fails=True)  # fmt: skip
+    assert not (tmp_path / "c").exists()
     (tmp_path / "c").write_text("a file")
     assert "cannot write" in run(*COMPARE, *methods, fails=True)
+
+
+def on_claims(folder: Path) -> tuple[object, ...]:
+    """A comparison on a tiny classifier."""
+    tiny("bert").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "claims.jsonl").write_text('{"prompt": "Oslo is old.", "target": "SUPPORTS"}\n')
+    return ("compare", "--model", folder, "--data", f"records:{folder / 'claims.jsonl'}")
+
+
+def test_compare_shows_the_other_cells_where_the_texts_of_one_do_not_fit(run: Command, place: Path, tmp_path: Path) -> None:
+    (place / "facts-of-120.jsonl").write_text(
+        "".join(json.dumps({"prompt": "who " * 15 + who, "target": "Bo"}) + "\n" for who in "abc")
+    )
+    how = ("compare", "--model", "model", "--data", "records:facts-of-120.jsonl", "--methods", "prompt,cache",
+           "--num-edits", "1,3", "--set", "generate=false", "--out", tmp_path / "c")  # fmt: skip
+    first, second = run(*how, fails=True), run(*how, fails=True)
+    for said in (first, second):
+        assert "error: prompt, 3 together cannot be scored: " in said
+        assert "the model's window 128" in said
+    assert "cache, 3 together: done before" in second
+    cells = json.loads((tmp_path / "c" / "table.json").read_text())
+    assert [(cell["method"], cell["num_edits"]) for cell in cells] == [("cache", 1), ("cache", 3), ("prompt", 1)]
+
+
+def test_compare_leaves_no_folder_where_no_cell_can_be_scored(run: Command, place: Path, tmp_path: Path) -> None:
+    (place / "zsre.json").write_text(json.dumps([{"src": "Who is Ana?", "alt": "a baker"}]))
+    claims = on_claims(place / "bert")
+    out = ("--methods", "ft,cache", "--out", tmp_path / "x" / "c")
+    assert "ft, 1 together; cache, 1 together cannot be scored" in run(*claims, *out, "--set", "chat=true", fails=True)
+    assert "a baker" in run(*claims[:3], "--data", "zsre:zsre.json", *out, fails=True)
+    (place / "window.jsonl").write_text(json.dumps({"prompt": "who " * 400, "target": "Bo"}) + "\n")
+    assert "window 128" in run("compare", "--model", "model", "--data", "records:window.jsonl", *out, fails=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_edit_says_how_many_targets_the_model_gives_already(run: Command, tmp_path: Path) -> None:
@@ -551,6 +617,19 @@ def test_json_errors(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
         main(["generate", "--model", "starter", "--prompt", "a", "--edit", str(tmp_path / "none"), "--json"])
     assert stop.value.code == 2
     assert json.loads(capsys.readouterr().out)["error"]["kind"] == "FormatError"
+
+
+@pytest.mark.parametrize(
+    "wrong", [["edit", "--nothing"], ["eval"], ["nothing"], ["train", "--data", "x", "--out", "y", "--steps", "many"]]
+)
+def test_json_errors_of_usage(capsys: pytest.CaptureFixture[str], wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*wrong, "--json"])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert error["kind"] == "InputError"
+    assert error["message"] in err
 
 
 def test_help_is_light() -> None:

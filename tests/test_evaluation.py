@@ -240,6 +240,8 @@ def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, setti
         pairs = [row["new_over_old"][where] for row in results.rows if where in row.get("new_over_old", {})]
         for side, key in enumerate(("before", "after")):
             assert summary["new_over_old"][name][key] == pytest.approx(mean([mean([p[side] for p in own]) for own in pairs]))
+    scored = summary["new_over_old"]["score"]
+    assert scored["low"] <= scored["after"] <= scored["high"]
     assert set(summary["portability"]) == {"Reasoning", ""}
     for kind, value in summary["portability"].items():
         own = [[p["right"][1] for p in row["portability"] if (p["kind"] or "") == kind] for row in results.rows]
@@ -289,6 +291,19 @@ def test_the_summary_has_every_key() -> None:
     assert isinstance(summary["drawdown_ppl"], float)
     assert summary["drawdown_text"] == "text:z"
     assert summary["locality_sources"] == [{"name": "nq:y", "sha256": "def"}, {"name": "text:z", "sha256": "ghi"}]
+
+
+def test_the_memory_of_an_edit_is_what_making_one_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, quick = trained("llama"), replace(CONFIG, generate=False, timed_edits=2)
+    usual = run(method, config=quick).summary["edit_memory_mb"]
+    edit = method.edit
+
+    def wasteful(*arguments: Any) -> Any:
+        torch.ones(2**25)  # 128 MiB
+        return edit(*arguments)
+
+    monkeypatch.setattr(method, "edit", wasteful)
+    assert 0 <= usual < 60 < 120 < run(method, config=quick).summary["edit_memory_mb"] < 200
 
 
 def test_adapter_bytes_are_those_of_a_saved_edit(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_full_disk_leaves_no_half_folder(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="file/edit"), new_folder(tmp_path / "file" / "edit"):
+    with pytest.raises(StorageError, match=r"cannot write .*file"), new_folder(tmp_path / "file" / "edit"):
         pass
     with pytest.raises(StorageError, match=r"none/x\.json"):
         write_json(tmp_path / "none" / "x.json", {})
@@ -75,6 +75,11 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(InputError, match="another process is at work"), locked(tmp_path / "run"):
         pass
     assert not (tmp_path / "run").exists()  # nothing came of it
+    with locked(tmp_path / "runs" / "run"):
+        pass
+    with pytest.raises(InputError), new_folder(tmp_path / "edits" / "edit"):
+        raise InputError("no")
+    assert not list(tmp_path.iterdir())  # nor of the folders around it
     with locked(tmp_path / "run"):
         (tmp_path / "run" / "a").write_text("a")
     with locked(tmp_path / "run"):

@@ -5,9 +5,10 @@ from torch.testing import assert_close
 import cases
 import oracles
 from mendlm.apply import applied
+from mendlm.checkpoint import parse_config
 from mendlm.errors import InputError
 from mendlm.layers import default_layers, select
-from mendlm.methods import finetune
+from mendlm.methods import finetune, method_types
 from mendlm.methods.finetune import FineTune, FineTuneConfig
 
 OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -105,6 +106,15 @@ def test_it_starts_from_the_edits_that_are_active():
     expected, _ = oracle(changed, specs, batch, "sgd", 0.1, 2)
     for name, change in expected.items():
         assert_close(edit.updates[name][0].dense(), change, rtol=1e-2, atol=1e-2 * change.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["ft", "ft-kl", "ft-strong", "lora"])
+def test_the_papers_rates_have_names(name):
+    _, config = method_types(name)
+    for word, rate in (("paper-gpt", 5e-6), ("paper-t5", 1e-4), ("paper-small", 1e-6), (3e-5, 3e-5)):
+        assert parse_config(config, {"rate": word}).rate == rate
+    with pytest.raises(InputError, match="paper-gpt, paper-t5, paper-small; got 'paper'"):
+        parse_config(config, {"rate": "paper"})
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"rate": 0.0}, {"rate": float("nan")}])

@@ -91,6 +91,18 @@ def test_continues_at_a_word_boundary(generated: str, target: str, expected: boo
     assert metrics.continues(generated, target) is expected
 
 
+def test_the_interval_of_the_score_is_over_edits_that_have_all_three() -> None:
+    def row(*after: bool | None) -> dict[str, Any]:
+        return {"new_over_old": {w: [[False, x]] for w, x in zip(metrics.RIVALS.values(), after, strict=True) if x is not None}}
+
+    rows = [row(True, True, True), row(True, False, True)] * 10
+    low, high = metrics._score_interval([*rows, row(True, None, None)], 0)
+    assert low is not None
+    assert high is not None
+    assert 0.4 < low < 0.75 < high < 1
+    assert metrics._score_interval([row(True, None, True), {}], 0) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("text", "target", "found"),
     [

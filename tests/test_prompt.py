@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import oracles
 from cases import byte_tokenizer, tiny
 from mendlm.errors import InputError
 from mendlm.evaluation import EvaluationConfig, evaluate
@@ -47,10 +48,7 @@ def test_logits_are_those_of_one_text_with_the_fact_in_it(name: str) -> None:
         found = scored_logits(model, batch)
     for index, text in enumerate(texts):
         fact = context.facts[routing[index]] if routing[index] >= 0 else ()
-        alone = form.batch([Encoded((*fact, *text.prompt), text.target, text.ended)])
-        with torch.no_grad():
-            expected = scored_logits(model, alone)
-        assert_close(found[batch.row == index], expected, rtol=1e-4, atol=1e-4)
+        assert_close(found[batch.row == index], oracles.prompt(model, form, fact, text), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert not torch.allclose(found, scored_logits(model, batch), atol=1e-2)
 

@@ -309,10 +309,43 @@ def test_a_file_given_to_another_task_is_recognised(file: str, task: str, skip_b
         return
     with pytest.raises(RecordError) as caught:
         load(source, skip_bad=skip_bad)
+    looks = f"looks like the task '{right}': use {right}:{FIXTURES / file}"
     if right == "text":
-        assert "looks like" not in str(caught.value)
-    else:
-        assert str(caught.value).endswith(f"looks like the task '{right}': use {right}:{FIXTURES / file}")
+        looks = f"does not hold JSON records; if it is plain text, use it as --locality text:{FIXTURES / file}"
+    assert str(caught.value).endswith(looks)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("beginning", ["", "\n", " \n" * 80, "[1] ", "{{Infobox}} ", "1984\n", '"Well", '])
+def test_plain_text_given_to_another_task_is_recognised(beginning: str, task: str, tmp_path: Path) -> None:
+    path = tmp_path / "any.txt"
+    path.write_text(beginning + "The river runs through the old city and on to the sea, past mills and farms. " * 4)
+    if task == "text":
+        assert load(f"text:{path}").prose
+        return
+    with pytest.raises(RecordError, match=rf"use it as --locality text:{path}$"):
+        load(f"{task}:{path}")
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "text"])
+@pytest.mark.parametrize("file", [file for file, task in FILES.items() if task not in ("text", "wikitext")])
+def test_a_file_given_to_another_task_is_recognised_behind_malformed_records(file: str, task: str, tmp_path: Path) -> None:
+    path, right = written(tmp_path, {}, 1, *records(file)), FILES[file]
+    with pytest.raises(RecordError) as caught:
+        load(f"{task}:{path}")
+    assert ("looks like" in str(caught.value)) == (task != right)
+    assert task == right or f"use {right}:{path}" in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["fever", "zsre"])
+def test_claims_without_a_logit_are_no_questions(task: str, tmp_path: Path) -> None:
+    claims = records("fever-kilt.jsonl")
+    for claim in claims:
+        claim.pop("logit")
+        claim["alternatives"] = ["SUPPORTS", "REFUTES"]
+    with pytest.raises(RecordError, match="logit" if task == "fever" else "verdict") as caught:
+        load(f"{task}:{written(tmp_path, *claims)}")
+    assert "looks like" not in str(caught.value)
 
 
 def test_only_claims_without_enough_information_are_no_data(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mendlm.errors import FormatError, InputError
-from mendlm.report import find, table, write
+from mendlm.report import FAR, draw, find, table, write
 
 INTERVAL = {"before": 0.0, "after": 0.8, "low": 0.7, "high": 0.9}
 CELL: dict[str, Any] = {
@@ -111,6 +111,42 @@ def test_a_cell_counts_once_and_one_that_is_being_written_not_at_all(tmp_path: P
     put(tmp_path / "a", cell(), cell(method="ft"))
     put(tmp_path / "a" / ".b.x1", cell(method="half"))
     assert [c["method"] for c in find([tmp_path, tmp_path / "a", tmp_path / "a" / "0"])] == ["ft", "mend"]
+
+
+def test_notes_on_the_data_stand_below_the_table_once(tmp_path: Path) -> None:
+    cells = [
+        cell(data_notes=["rephrasings are made by <rule>"]),
+        cell(method="ft", data_notes=["rephrasings are made by <rule>"]),
+    ]
+    written = {path.name: path for path in write(cells, tmp_path)}
+    assert written["table.md"].read_text().endswith("|\n\n- zsre:a.json: rephrasings are made by <rule>\n")
+    assert "<li>zsre:a.json: rephrasings are made by &lt;rule&gt;</li>" in written["report.html"].read_text()
+
+
+def test_a_huge_perplexity_is_short_and_stands_at_the_pictures_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("mendlm.report._png", lambda figure: drawn.append(figure) or b"")
+    cells = [cell(), cell(method="cache", perplexity={"before": 20.0, "after": 1e304}),
+             cell(method="lora", perplexity={"before": 20.0, "after": 60.0})]  # fmt: skip
+    assert "| 20.00 → 1.0e+304 |" in table(cells)
+    (picture,) = (figure for name, figure in zip(dict(draw(cells)), drawn, strict=True) if "perplexity" in name)
+    (axis,) = picture.axes
+    assert axis.get_xlim()[1] == pytest.approx(2.5)
+    assert [text.get_text() for text in axis.texts] == ["5.0e+302 times →"]
+    list(draw([cell(perplexity={"before": 20.0, "after": 1e304})]))
+    assert drawn[-2].axes[0].get_xlim()[1] == FAR
+
+
+def test_memory_is_that_of_an_edit_where_all_cells_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("mendlm.report._png", lambda figure: drawn.append(figure) or b"")
+    for cells, title, shown in (
+        ([cell(edit_memory_mb=3.0), cell(edit_memory_mb=5.0)], "memory of one edit, at its peak", [3, 5]),
+        ([cell(edit_memory_mb=3.0), cell()], "memory of scoring all, at its peak", [900, 900]),
+    ):
+        list(draw(cells))
+        axis = drawn[-1].axes[1]
+        assert (axis.get_title(), [bar.get_width() for bar in axis.patches]) == (title, shown)
 
 
 def test_a_bar_in_a_name_does_not_break_the_table() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 def parse_config(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """A configuration dataclass from plain values; unknown fields and wrong types are an `InputError`."""
-    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
             raise InputError(f"unknown setting '{name}' of {kind.__name__}; it has {', '.join(known)}")

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import gc
 import itertools
 import json
 import time
@@ -108,6 +109,11 @@ class Evaluator:
         self, method: Method, specs: Sequence[LayerSpec], model: Any, tokenizer: Any, config: EvaluationConfig
     ) -> None:
         self.method, self.model, self.config = method, model, config
+        method.require_fit(model)
+        if not method.edits_weights and (config.scale != 1 or config.sequential):
+            what = f"scale is {config.scale}" if config.scale != 1 else "edits one after another were asked for"
+            why = "has no strength to change" if config.scale != 1 else "keeps each request by itself, in any order"
+            raise InputError(f"{what}, but the method '{method.name}' {why}; leave that out")
         self.formatter = Formatter.of(model, tokenizer)
         self.trunk = Trunk.where_possible(model, specs)
         follows = getattr(getattr(method, "config", None), "normalizer_follows", False)
@@ -126,8 +132,6 @@ class Evaluator:
         """The edits of a chunk of requests, one a group of `num_edits` of them, all at once."""
         k = self.config.num_edits
         if not self.method.edits_weights:
-            if self.config.scale != 1:
-                raise InputError(f"scale is {self.config.scale}, but the method '{self.method.name}' has no strength to change")
             other: Any = self.method.edit(self.model, self.formatter.batch(texts))
             return cast("Intervention", other.grouped(k))
         return self._edit_batch(texts, k)
@@ -329,14 +333,19 @@ class Evaluator:
             better = [a < b for a, b in zip(old.nll, new.nll, strict=True)]
             rows[i]["new_over_old"].setdefault("neighbour", []).append(better)
 
-    def time_edits(self, examples: Sequence[EditExample]) -> tuple[list[float], int]:
-        """Milliseconds of single edits, one a call, the first unmeasured; and the bytes of one as an adapter."""
-        times, size = [], 0
+    def time_edits(self, examples: Sequence[EditExample]) -> tuple[list[float], float, int]:
+        """Milliseconds of single edits, one a call, the first unmeasured; by how many MiB they raise the memory in use at
+        their peak; and the bytes of one as an adapter.
+        """
+        times, size, device = [], 0, self.formatter.device
+        gc.collect()
+        memory.forget_peak(device)
+        start = memory.peak_mb(device)
         for example in [examples[0], *examples[: self.config.timed_edits]]:
             batch = self.formatter.batch([self.encode(example, example.prompt)])
             begun = time.perf_counter()
             edit = self.method.edit(self.model, batch)
-            if self.formatter.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - begun))
             if not isinstance(edit, Edit):
@@ -345,7 +354,7 @@ class Evaluator:
             updates = (own if change is None else change.detach() + own).updates
             rank = max(rank_of(updates), max(update.rows for update in updates.values()))
             size = max(size, rank * sum(4 * sum(update.shape) for update in updates.values()))
-        return times[1:], size
+        return times[1:], memory.peak_mb(device) - start, size
 
 
 def chunks(count: int, config: EvaluationConfig) -> range:
@@ -416,8 +425,9 @@ def evaluate(
         row["index"] = index
     answered = ", ".join((data.name, *(source.name for source in locality)))
     prose = ", ".join(source.name for source in locality if source.prose) or f"unrelated answers of {answered}"
+    peak = memory.peak_mb(evaluator.formatter.device)
     with evaluator.own_statistics():
-        times, size = evaluator.time_edits(examples)
+        times, edit_memory, size = evaluator.time_edits(examples)
     base, settings = base_of(model), getattr(method, "config", None)
     summary = {
         "format": metrics.FORMAT,
@@ -443,7 +453,8 @@ def evaluate(
         **metrics.summarise(rows, seed=config.seed, labels=evaluator.formatter.family == "classifier"),
         "drawdown_text": prose,
         "edit_ms": {"p50": metrics.percentile(times, 0.5), "p95": metrics.percentile(times, 0.95)},
-        "peak_memory_mb": memory.peak_mb(evaluator.formatter.device),
+        "edit_memory_mb": edit_memory,
+        "peak_memory_mb": peak,
         "adapter_bytes": size,
     }
     return Results(rows, summary)

@@ -40,6 +40,20 @@ def storing(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; free the disk or name another place") from error
 
 
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """Make a folder for the block, parents included; those that it made and left empty are taken away in the end."""
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    with storing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for one in made:  # the innermost first
+            with contextlib.suppress(OSError):
+                one.rmdir()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or nothing. Raises `StorageError` where the disk is full or the folder cannot be written."""
     with storing(path):
@@ -130,26 +144,26 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_existing(path, force=force)
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old)
-            try:
+    with folder(path.parent):
+        with storing(path):
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+                os.replace(path, old)
+                try:
+                    os.replace(temporary, path)
+                except BaseException:
+                    os.replace(old, path)
+                    raise
+                shutil.rmtree(old)
+            else:
                 os.replace(temporary, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
@@ -161,21 +175,21 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a folder for this process alone; raises `InputError` if another holds it. The system frees it on any end.
 
     A folder that was made for it and is empty in the end is taken away again.
     """
-    lock, made = filelock.FileLock(folder / LOCK, timeout=0), not folder.exists()
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    lock, made = filelock.FileLock(path / LOCK, timeout=0), not path.exists()
+    with folder(path):
+        with storing(path):
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise InputError(f"another process is at work in {path}; wait for it, or name another folder") from None
         try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise InputError(f"another process is at work in {folder}; wait for it, or name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
-        if made and [found.name for found in folder.iterdir()] in ([LOCK], []):  # nothing came of it
-            shutil.rmtree(folder)
+            yield
+        finally:
+            lock.release()
+            if made and [found.name for found in path.iterdir()] == [LOCK]:  # nothing came of it
+                (path / LOCK).unlink()

@@ -9,7 +9,7 @@ What the metrics mean:
 - token_accuracy: the share of target tokens that are the argmax, on the exact prompt;
 - new_over_old (Meng et al., 2022): the share of prompts (efficacy) and rephrasings (paraphrase) where the target is likelier
   than the old answer, and of neighbours with that old answer where it is still likelier than the target (neighbourhood);
-  likelier by mean NLL of its tokens; score is the harmonic mean of the three;
+  likelier by mean NLL of its tokens; score is the harmonic mean of the three, its interval over edits that have all of them;
 - portability: success on prompts whose answers follow from the edit, by the kinds that the data names;
 - success_when_made: of edits made one after another, success right after its own edit, before the later ones; of_earlier and
   of_later: success after all of them, of the first and the second half of a group;
@@ -35,6 +35,8 @@ from typing import Any, TypeVar
 
 FORMAT = "mendlm-summary-1"
 """What a file of the summary below says that it is."""
+RIVALS = {"efficacy": "prompt", "paraphrase": "rephrasing", "neighbourhood": "neighbour"}
+"""Scores of new over old answers -> where a row keeps them."""
 Unit = TypeVar("Unit")
 
 
@@ -114,8 +116,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, labels: bool 
 
     new = [row for row in rows if not row["success"][0]]
     rivals = {
-        name: before_after([row.get("new_over_old", {}).get(where, []) for row in rows])
-        for name, where in (("efficacy", "prompt"), ("paraphrase", "rephrasing"), ("neighbourhood", "neighbour"))
+        name: before_after([row.get("new_over_old", {}).get(where, []) for row in rows]) for name, where in RIVALS.items()
     }
     kinds = sorted({p["kind"] or "" for row in rows for p in row["portability"]})
     summary: dict[str, Any] = {
@@ -126,7 +127,10 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, labels: bool 
         "token_accuracy": before_after([[row["token_accuracy"]] for row in rows]),
         "new_over_old": {
             **rivals,
-            "score": {side: harmonic_mean([r[side] for r in rivals.values()]) for side in ("before", "after")},
+            "score": {
+                **{side: harmonic_mean([r[side] for r in rivals.values()]) for side in ("before", "after")},
+                **dict(zip(("low", "high"), _score_interval(rows, seed), strict=True)),
+            },
         },
         "portability": {
             kind: before_after([[p["right"] for p in row["portability"] if (p["kind"] or "") == kind] for row in rows])
@@ -158,6 +162,17 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, labels: bool 
     summary["weight_change"] = {name: mean([row["norm"][name] for row in rows]) for name in rows[0]["norm"]}
     summary |= _unrelated(rows, seed, labels)
     return summary
+
+
+def _score_interval(rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[float | None, float | None]:
+    """The interval of the harmonic mean of the three rivals after the edit, over edits that have all of them."""
+    found = [[row.get("new_over_old", {}).get(where) for where in RIVALS.values()] for row in rows]
+    units = [[sum(after for _, after in texts) / len(texts) for texts in one] for one in found if all(one)]
+
+    def score(some: Sequence[Sequence[float]]) -> float:
+        return harmonic_mean([sum(kind) / len(some) for kind in zip(*some, strict=True)]) or 0.0
+
+    return interval(units, score, seed=seed)
 
 
 def _unrelated(rows: Sequence[Mapping[str, Any]], seed: int, labels: bool) -> dict[str, Any]:

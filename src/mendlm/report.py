@@ -71,8 +71,12 @@ class Cell:
     peak_memory_mb: float
     drawdown_acc_interval: tuple[float | None, float | None] = (None, None)
     drawdown_ppl_interval: tuple[float | None, float | None] = (None, None)
+    edit_memory_mb: float | None = None
+    data_notes: tuple[str, ...] = ()
 
 
+FAR = 10.0
+"""A rise of the perplexity, as a factor, beyond which a method stands at a picture's edge: it would hide all others."""
 COLUMNS = {
     "success": "success",
     "success_of_new": "success of new",
@@ -140,7 +144,7 @@ def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     for cell in cells:
         chat = ", chat" if cell["chat"] else ""
         ppl, acc, time = cell["perplexity"], cell["drawdown_acc"], cell["edit_ms"]["p50"]
-        change = f"{ppl['before']:.2f} → {ppl['after']:.2f}" if ppl["before"] is not None else "-"
+        change = f"{short(ppl['before'])} → {short(ppl['after'])}" if ppl["before"] is not None else "-"
         yield [
             f"{cell['data']}{chat}",
             _name(cell, chat=False),
@@ -154,6 +158,16 @@ def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
         ]
 
 
+def short(value: float, digits: int = 2, sign: str = "") -> str:
+    """A number as a table shows it: one beyond a million by its power of ten."""
+    return f"{value:{sign}.{digits}f}" if abs(value) < 1e6 else f"{value:{sign}.1e}"
+
+
+def notes(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """What must be said about the data: what is not published but made here, and how."""
+    return list(dict.fromkeys(f"{cell['data']}: {note}" for cell in cells for note in cell.get("data_notes", ())))
+
+
 def value(metric: dict[str, Any]) -> str:
     """A mean with its 95 % interval, as a table shows it."""
     if None in (metric["after"], metric["low"], metric["high"]):
@@ -162,11 +176,12 @@ def value(metric: dict[str, Any]) -> str:
 
 
 def table(cells: Sequence[dict[str, Any]], *, without: Sequence[str] = ()) -> str:
-    """All cells as a Markdown table, with 95 % intervals; `without` some of its columns."""
+    """All cells as a Markdown table, with 95 % intervals, and the data's notes; `without` some of its columns."""
     head, *body = rows(cells)
     shown = [place for place, column in enumerate(head) if column not in without]
     lines = [[line[place].replace("|", "\\|") for place in shown] for line in (head, ["---"] * len(head), *body)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    below = [f"- {note}\n" for note in notes(cells)]
+    return "".join([*(f"| {' | '.join(line)} |\n" for line in lines), *(["\n"] if below else []), *below])
 
 
 def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
@@ -185,14 +200,21 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
             points = [(cell, value) for cell, value in drawdowns if value is not None]
             if points:
                 figure, axis = plt.subplots(figsize=(7.5, 4))
+                near = [value for _, value in points if value <= FAR]
+                edge = 1.25 * max([*near, 0.0]) or FAR
                 for (cell, value), marker in zip(points, itertools.cycle("osD^v<>PX*"), strict=False):
-                    bars, across = _bars(cell["success"]), _across(cell, name, value)
                     look: dict[str, Any] = {"marker": marker, "ls": "", "capsize": 3, "label": _name(cell)}
-                    axis.errorbar(value, cell["success"]["after"], bars, across, **look)
+                    if value > FAR:
+                        said, place = f"{short(1 + value, 0)} times →", (edge, cell["success"]["after"])
+                        axis.annotate(said, place, ha="right", va="center", textcoords="offset points", xytext=(-8, 0))
+                        value, across, look["clip_on"] = edge, None, False
+                    else:
+                        across = _across(cell, name, value)
+                    axis.errorbar(value, cell["success"]["after"], _bars(cell["success"]), across, **look)
                 axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
                 axis.set(title=data, xlabel=label, ylabel="success", ylim=(-0.03, 1.05))
-                if max(value for _, value in points) > 10:  # one method far off would hide the others
-                    axis.set_xscale("symlog")
+                if len(near) < len(points):
+                    axis.set_xlim(right=edge)
                 yield f"success-over-{name}-{number}", _png(figure)
         if len({cell["num_edits"] for cell in mine}) > 1:
             figure, axes = plt.subplots(1, 4, figsize=(15, 4), sharex=True)
@@ -221,8 +243,9 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
         labels = [f"{_name(cell)}, {cell['num_edits']} {'in turn' if cell['sequential'] else 'at once'}" for cell in mine]
         axes[0].barh(range(len(mine)), [cell["edit_ms"]["p50"] or 0 for cell in mine], tick_label=labels)
         axes[0].set(title="one edit", xlabel="ms")
-        axes[1].barh(range(len(mine)), [cell["peak_memory_mb"] for cell in mine])
-        axes[1].set(title="peak memory while scoring", xlabel="MiB")
+        measured = all(cell.get("edit_memory_mb") is not None for cell in mine)  # an older summary has the whole peak alone
+        axes[1].barh(range(len(mine)), [cell["edit_memory_mb" if measured else "peak_memory_mb"] for cell in mine])
+        axes[1].set(title=f"memory of {'one edit' if measured else 'scoring all'}, at its peak", xlabel="MiB")
         yield f"cost-{number}", _png(figure)
 
 
@@ -332,6 +355,7 @@ def page(cells: Sequence[dict[str, Any]], pictures: dict[str, bytes]) -> str:
         for name, content in pictures.items()
     ]
     sources = [f"<li><code>{html.escape(str(cell.get('command', '-')))}</code></li>" for cell in cells]
+    below = "".join(f"<li>{html.escape(note)}</li>" for note in notes(cells))
     style = (
         "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:75em;padding:0 1em}table{border-collapse:collapse}"
         "td,th{border:1px solid #bbb;padding:.2em .5em;text-align:left}img{max-width:100%;display:block;margin:1em 0}"
@@ -339,5 +363,5 @@ def page(cells: Sequence[dict[str, Any]], pictures: dict[str, bytes]) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>mendlm: results</title><style>{style}</style>'
         f"<h1>Results</h1><p>In brackets 95 % bootstrap intervals over edits.</p><table>{''.join(lines)}</table>"
-        f"{''.join(images)}<h2>Commands</h2><ol>{''.join(sources)}</ol></html>\n"
+        f"<ul>{below}</ul>{''.join(images)}<h2>Commands</h2><ol>{''.join(sources)}</ol></html>\n"
     )

@@ -270,6 +270,8 @@ class Trainer:
         run: Run,
         trunk_cache: str | Path | None = None,
     ) -> None:
+        if config.tracker is not None:
+            require_tracker(config.tracker)
         self.accelerator = require("accelerate", "train").Accelerator(
             cpu=device_of(model).type == "cpu", log_with=config.tracker, project_dir=str(run.folder)
         )
@@ -422,6 +424,15 @@ class Trainer:
         processes.agree({"step": self.step})
         if processes.is_main():
             self.run.cut_log(self.step)
+
+
+def require_tracker(name: str) -> None:
+    """Raise `InputError` unless accelerate knows the tracker and its package is here, which it would not say."""
+    trackers = require("accelerate", "train").tracking
+    if name not in trackers.LOGGER_TYPE_TO_CLASS:
+        raise InputError(f"unknown tracker '{name}'; accelerate knows {', '.join(trackers.LOGGER_TYPE_TO_CLASS)}")
+    if name not in map(str, trackers.get_available_trackers()):
+        raise InputError(f"the package of the tracker '{name}' is not installed; install it, or leave the tracker out")
 
 
 def train(

@@ -41,10 +41,9 @@ class TrunkCache:
         self.folder = Path(folder) / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         self._states: dict[bytes, Tensor] = {}
         self._new: dict[bytes, Tensor] = {}
-        with storing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         self._found: set[Path] = set()
-        self._look()
+        with storing(self.folder):
+            self._look()
 
     def _look(self) -> None:
         """Map the shards that are new since the last look, this process's and others'."""
@@ -91,6 +90,8 @@ class TrunkCache:
             "lengths": torch.tensor([len(row) for row in self._new.values()]),
             "texts": torch.tensor([list(text) for text in self._new], dtype=torch.uint8),
         }
+        with storing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)  # only now: a training that is refused leaves no folder
         write_tensors(self.folder / f"{uuid.uuid4().hex}.safetensors", tensors)
         self._look()
         self._new = {}

@@ -10,11 +10,12 @@ import json
 import logging
 import os
 import sys
+from typing import Any, NoReturn
 
 import typer
 
 from mendlm.cli import comparing, data, edits, learning, sweeping
-from mendlm.errors import MendError
+from mendlm.errors import InputError, MendError
 from mendlm.processes import launched
 
 app = typer.Typer(
@@ -38,6 +39,8 @@ for command in (
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 app.add_typer(data.app, name="data")
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+"""click's `UsageError`, from the click that typer brings along or depends on."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     for chatty in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # notes on importing them, and one a layer and pass
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    number = 0
+    as_json, number = "--json" in arguments, 0
     try:
         number, _ = launched()
         with contextlib.ExitStack() as stack:
@@ -53,9 +56,19 @@ def main(arguments: list[str] | None = None) -> None:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
-            app(arguments, prog_name="mendlm")
+            code = app(arguments, prog_name="mendlm", standalone_mode=not as_json)  # which shows errors of usage in its own way
+    except _USAGE_ERROR as error:
+        refuse(InputError(error.format_message()), number, as_json=as_json)
+    except typer.Abort:
+        sys.exit(130)
     except MendError as error:
-        if "--json" in arguments and number == 0:
-            sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}) + "\n")
-        sys.stderr.write(f"error{f' in process {number}' if number else ''}: {error}\n")
-        sys.exit(2)
+        refuse(error, number, as_json=as_json)
+    sys.exit(code or 0)
+
+
+def refuse(error: MendError, number: int, *, as_json: bool) -> NoReturn:
+    """Say what is wrong in process `number`, with `as_json` on standard output too, and exit with code 2."""
+    if as_json and number == 0:
+        sys.stdout.write(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}) + "\n")
+    sys.stderr.write(f"error{f' in process {number}' if number else ''}: {error}\n")
+    sys.exit(2)

@@ -43,8 +43,9 @@ def compare(
 ) -> None:
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
     from mendlm.checkpoint import parse_config, with_defaults
-    from mendlm.evaluation import EvaluationConfig, chunks, evaluate, require_work
-    from mendlm.files import plain, storing
+    from mendlm.errors import NumericalError
+    from mendlm.evaluation import EvaluationConfig, Evaluator, chunks, evaluate, require_work
+    from mendlm.files import folder, plain
     from mendlm.methods import LEARNED
     from mendlm.models import base_of, is_sharded
     from mendlm.report import read
@@ -82,9 +83,11 @@ def compare(
 
     def open_cell(name: str, count: int) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
         """A method, how it is scored, and all that its results depend on."""
-        own_config = replace(config, num_edits=count, sequential=config.sequential and count > 1)
         run, own, scored = runs.get((name, count)), values.get(name, {}), len(requests.examples)
         chosen, trained = common.open_method(name, own, run, model, loaded, tokenizer, unrelated, scored=scored)
+        # A single edit, or what a method keeps of each request by itself, is the same in turn as at once.
+        in_turn = config.sequential and count > 1 and chosen.edits_weights
+        own_config = replace(config, num_edits=count, sequential=in_turn)
         cell = {
             "model_sha256": base["sha256"],
             "dtype": base["dtype"],
@@ -100,38 +103,55 @@ def compare(
 
     cells = {(name, count): out / "cells" / f"{name}-{count}" for name in names for count in counts}
     left = []
-    for (name, count), folder in cells.items():  # all are opened once first, so that what is wrong is said before the work
-        chosen, evaluation, cell = open_cell(name, count)
-        if (folder / "summary.json").exists():
-            found = read(folder / "summary.json").get("cell") or {}
+    for (name, count), place in cells.items():  # all are opened once first, so that what is wrong is said before the work
+        chosen, own_config, cell = open_cell(name, count)
+        Evaluator(chosen, chosen.specs, loaded, tokenizer, own_config)
+        if (place / "summary.json").exists():
+            found = read(place / "summary.json").get("cell") or {}
             if {**found, "method": with_defaults(type(chosen.config), found.get("method", {}))} != cell:
-                raise InputError(f"{folder} holds results of other settings, data or editor; choose another --out")
+                raise InputError(f"{place} holds results of other settings, data or editor; choose another --out")
             common.note(f"{name}, {count} together: done before")
         else:
             left.append((name, count))
             whole = len(requests.examples) // count * count
             if not is_sharded(loaded):
                 require_work(whole, len(chunks(whole, evaluation)))
-    with storing(out):
-        (out / "cells").mkdir(parents=True, exist_ok=True)
-    for name, count in left:
-        chosen, own_config, cell = open_cell(name, count)
-        with common.progress(f"{name}, {count} together") as show:
-            results = evaluate(
-                chosen,
-                chosen.specs,
-                loaded,
-                tokenizer,
-                requests,
-                own_config,
-                locality=unrelated,
-                about={"command": common.command_line(sys.argv), "cell": cell},
-                callback=show,
-            )
-        if processes.is_main():
-            results.save(cells[name, count], force=True)  # there are no results there, at most what is left of some
-    if processes.is_main():
-        _publish(list(cells.values()), out, json_output)
+    refused: dict[str, list[tuple[str, int]]] = {}
+    with folder(out / "cells"):
+        for name, count in left:
+            chosen, own_config, cell = open_cell(name, count)
+            try:
+                with common.progress(f"{name}, {count} together") as show:
+                    results = evaluate(
+                        chosen,
+                        chosen.specs,
+                        loaded,
+                        tokenizer,
+                        requests,
+                        own_config,
+                        locality=unrelated,
+                        about={"command": common.command_line(sys.argv), "cell": cell},
+                        callback=show,
+                    )
+            except (InputError, NumericalError) as error:  # of its own texts: the other cells are scored all the same
+                if processes.count() > 1:  # the others would wait for this one
+                    raise
+                refused.setdefault(str(error), []).append((name, count))
+                continue
+            if processes.is_main():
+                results.save(cells[name, count], force=True)  # there are no results there, at most what is left of some
+    if not processes.is_main():
+        return
+    lost = [cell for same in refused.values() for cell in same]
+    done = [place for cell, place in cells.items() if cell not in lost]
+    if not lost:
+        _publish(done, out, json_output)
+        return
+    if done:
+        _write(done, out)
+        common.note(f"what could be scored is in {out}")
+    said = {why: "; ".join(f"{name}, {count} together" for name, count in same) for why, same in refused.items()}
+    raise InputError("\n".join(f"{which} cannot be scored: {why}" for why, which in said.items()))
 
 
 def report(
@@ -144,11 +164,17 @@ def report(
 
 
 def _publish(folders: list[Path], out: Path, json_output: bool) -> None:
-    from mendlm.report import find, table, write
+    from mendlm.report import table
+
+    cells, written = _write(folders, out)
+    common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, table(cells).rstrip())
+
+
+def _write(folders: list[Path], out: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    from mendlm.report import find, write
 
     cells = find(folders)
-    written = write(cells, out)
-    common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, table(cells).rstrip())
+    return cells, write(cells, out)
 
 
 def _names(methods: str) -> list[str]:

@@ -215,6 +215,7 @@ def evaluate(
     from mendlm.evaluation import evaluate as run_evaluation
     from mendlm.files import refuse_existing
     from mendlm.processes import is_main
+    from mendlm.report import notes, short
     from mendlm.tasks import load_edits, load_unrelated
 
     given = {"num_edits": num_edits, "sequential": sequential, "chat": chat, "scale": scale, "seed": seed}
@@ -258,14 +259,17 @@ def evaluate(
     names = ("success", "success_of_new", "generality", "success_generated", "generality_generated", "locality")
     for name in (*names, "unrelated_accuracy", "perplexity"):
         value = results.summary[name]
-        interval = f"{value['low']:.3f} to {value['high']:.3f}" if value["low"] is not None else "-"
-        shown = [f"{value[side]:.3f}" if value.get(side) is not None else "-" for side in ("before", "after")]
+        interval = f"{short(value['low'], 3)} to {short(value['high'], 3)}" if value["low"] is not None else "-"
+        shown = [short(value[side], 3) if value.get(side) is not None else "-" for side in ("before", "after")]
         rows.append([name, *shown, interval])
     for name in ("drawdown_acc", "drawdown_ppl", "unrelated_kl"):
         if results.summary[name] is not None:
             low, high = results.summary[f"{name}_interval"]
-            rows.append([name, "-", f"{results.summary[name]:+.4f}", f"{low:+.4f} to {high:+.4f}"])
+            change = [short(one, 4, "+") for one in (results.summary[name], low, high)]
+            rows.append([name, "-", change[0], f"{change[1]} to {change[2]}"])
     given = results.summary["already_given"]
     told = f", {given} of whose targets the model gives already" if given else ""
     common.table(f"{results.summary['count']} edits of {requests.name}{told}", ("", "before", "after", "95 % interval"), rows)
+    for one in notes([results.summary]):
+        common.emit(False, {}, one)
     common.note(f"written to {out}")

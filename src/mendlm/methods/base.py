@@ -64,6 +64,9 @@ class Method(ABC):
         edits = self.combine(in_order([(requests, make()) for requests, make in groups]), size)
         return [(list(range(len(edits))), edits)]
 
+    def require_fit(self, model: nn.Module) -> None:  # noqa: B027
+        """Raise `InputError` where the method cannot work on the model; most work on any."""
+
     def changed_base(self) -> Edit | None:
         """What the method has changed of the model itself. Its edits are made and used on top of that; most have none."""
         return None

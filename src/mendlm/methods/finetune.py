@@ -15,8 +15,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -34,6 +35,19 @@ TOGETHER = 2**23
 """Numbers tuned side by side, at most: small changes gain from company, large ones lose as much by leaving the caches."""
 _OPTIMIZERS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
+PAPER_RATES = {"paper-gpt": 5e-6, "paper-t5": 1e-4, "paper-small": 1e-6}
+"""The paper's rates, for `--set rate=NAME`: of GPT-Neo and GPT-J, of T5, and of its small models BERT, BART and distilGPT-2."""
+
+
+def _rate(given: Any) -> Any:
+    if isinstance(given, str) and given not in PAPER_RATES:
+        raise InputError(f"a rate is a number above 0, or one of the paper's by name: {', '.join(PAPER_RATES)}; got '{given}'")
+    return PAPER_RATES[given] if isinstance(given, str) else given
+
+
+Rate = Annotated[float, pydantic.BeforeValidator(_rate)]
+"""A learning rate; where settings are read, also the name of one of the paper's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig:
@@ -43,8 +57,8 @@ class FineTuneConfig:
     """Patterns of the layers to change; empty: the paper's choice for the architecture."""
     last_only: bool = False
     """Change only the last of those layers."""
-    rate: float = 1e-4
-    """Learning rate; the paper has 5e-6 for GPT, 1e-4 for T5, 1e-6 for its small models."""
+    rate: Rate = 1e-4
+    """Learning rate; the paper's are those of `PAPER_RATES`."""
     steps: int = 100
     """The most steps."""
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
@@ -79,7 +93,7 @@ class FineTuneStrongConfig(FineTuneConfig):
     """The stronger variant."""
 
     last_only: bool = True
-    rate: float = 1e-3
+    rate: Rate = 1e-3
     steps: int = 40
     optimizer: Literal["rmsprop", "adam", "sgd"] = "adam"
     stop_nll: float | None = 0.05
@@ -90,7 +104,7 @@ class LoRAConfig(FineTuneConfig):
     """Low-rank fine-tuning."""
 
     rank: int | None = 8
-    rate: float = 1e-2
+    rate: Rate = 1e-2
     steps: int = 20
     optimizer: Literal["rmsprop", "adam", "sgd"] = "adam"
 

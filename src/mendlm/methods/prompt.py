@@ -39,10 +39,14 @@ class Prompt(Method):
         self.specs: tuple[LayerSpec, ...] = ()
         self.config, self.separator = config or PromptConfig(), tuple(separator)
 
-    def edit(self, model: Any, batch: Batch) -> Context:
-        """The facts of a batch. Raises `InputError` for a classifier, which has nothing to read an answer from."""
+    def require_fit(self, model: Any) -> None:
+        """Raise `InputError` for a classifier, which has nothing to read an answer from."""
         if model.get_output_embeddings() is None:
             raise InputError("a classifier cannot be told a fact in its context; choose a method that edits weights")
+
+    def edit(self, model: Any, batch: Batch) -> Context:
+        """The facts of a batch. Raises `InputError` for a classifier."""
+        self.require_fit(model)
         facts = []
         split = model.config.is_encoder_decoder
         for index in range(batch.size):

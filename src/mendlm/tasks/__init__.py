@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from mendlm.errors import InputError, RecordError
-from mendlm.tasks.base import Dataset, EditExample, Fields, Probe, Task
+from mendlm.tasks.base import Dataset, EditExample, Fields, Probe, Task, read_text
 from mendlm.tasks.counterfact import CounterFact
 from mendlm.tasks.fever import Fever
 from mendlm.tasks.knowedit import KnowEdit
@@ -18,6 +20,10 @@ from mendlm.tasks.zsre import ZsRE
 
 _ALL = (CounterFact(), ZsRE(), Records(), Fever(), WikiText(), KnowEdit(), NaturalQuestions(), RawText())
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TRIED = 20
+"""Records that are looked at to see whose a file is: the first may be malformed."""
+_RECORDS = re.compile(r"\s*(\[\s*([{\]]|$)|\{\s*([\"'}]|$))")
+"""How a file of records begins: with an object, or with a list of objects."""
 
 __all__ = ["TASKS", "Dataset", "EditExample", "Probe", "Task", "combine", "load", "load_edits", "load_unrelated"]
 
@@ -31,40 +37,45 @@ def load(source: str, *, skip_bad: bool = False) -> Dataset:
     try:
         dataset = task.load(file, skip_bad=skip_bad)
     except RecordError as error:
-        looks = "" if _begins(task, file) and not task.prose else _looks(file)
-        if not looks and error.line == 1 and not _is_json(file):
-            looks = f"does not hold JSON; if it is plain text, use it as --locality text:{file}"
+        looks = _looks(file, task)
         if not looks:
             raise
         raise RecordError(error.path, error.line, error.field, f"{error.problem}; the file {looks}") from None
-    looks = _looks(file) if task.prose else ""  # raw text would take any file
+    looks = _looks(file, task) if task.prose else ""  # raw text would take any file
     if looks:
         raise RecordError(file, None, None, looks)
     return dataset
 
 
-def _looks(path: Path) -> str:
-    """What a file of records looks like, and how to name it, by its first record; empty where no task reads it."""
-    if not _is_json(path):
-        return ""
-    names = [task.name for task in TASKS.values() if not task.prose and _begins(task, path)]
-    return "looks like " + " or ".join(f"the task '{name}': use {name}:{path}" for name in names) if names else ""
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a file begins as records do."""
-    with path.open("rb") as file:
-        return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[")
-
-
-def _begins(task: Task, path: Path) -> bool:
-    """Whether a file's first record is one of the task's."""
+def _looks(path: Path, given: Task) -> str:
+    """What a file looks like, and how to name it, where it looks less like one of the task that it was given to."""
     try:
-        number, record = next(task.records(path))
-        task.parse(Fields(path, number, record))
-    except (RecordError, StopIteration):
-        return False
-    return True
+        text = read_text(path)
+    except RecordError:
+        return ""
+    if not _RECORDS.match(text):
+        plain = text.strip() and not given.prose
+        return f"does not hold JSON records; if it is plain text, use it as --locality text:{path}" if plain else ""
+    places = {task.name: _first(task, path) for task in TASKS.values() if not task.prose}
+    nearest = min(places.values())
+    names = [name for name, place in places.items() if place == nearest < TRIED]
+    if given.name in names or not names:
+        return ""
+    return "looks like " + " or ".join(f"the task '{name}': use {name}:{path}" for name in names)
+
+
+def _first(task: Task, path: Path) -> int:
+    """How many records stand before the first that is one of the task's; `TRIED` where there is none among so many."""
+    try:
+        for place, (number, record) in enumerate(itertools.islice(task.records(path), TRIED)):
+            try:
+                task.parse(Fields(path, number, record))
+            except RecordError:
+                continue
+            return place
+    except RecordError:
+        pass  # not even the form of the file is the task's
+    return TRIED
 
 
 def load_edits(source: str, *, skip_bad: bool = False) -> Dataset:

@@ -18,9 +18,9 @@ import re
 from collections.abc import Sequence
 
 from mendlm.tasks.base import EditExample, Fields, Probe, Task, chance, exchange
+from mendlm.tasks.zsre import VERDICTS as LABELS
 from mendlm.tasks.zsre import kilt_answer, kilt_rephrasings
 
-LABELS = ("SUPPORTS", "REFUTES")
 NO_REQUEST = "NOT ENOUGH INFO"
 
 TEMPLATES = (

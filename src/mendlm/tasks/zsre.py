@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 from mendlm.tasks.base import EditExample, Fields, Probe, Task, chance, exchange
 
+VERDICTS = ("SUPPORTS", "REFUTES")
+"""What FEVER in KILT style has where zsRE has answers."""
 _PREFIX = "nq question: "
 _EXCHANGED = "unrelated questions are those of other zsRE records"
 
@@ -34,6 +36,8 @@ class ZsRE(Task):
         if not alternatives:
             raise fields.error("alternatives", "expected a list with at least one answer, which becomes the edit target")
         truth = kilt_answer(fields)
+        if truth in VERDICTS:
+            raise fields.error("output", f"has {truth!r}, FEVER's verdict on a claim, for an answer to a question")
         return EditExample(
             prompt=question,
             target=alternatives[int(chance("alternative", self.seed, question) * len(alternatives))],
