@@ -115,7 +115,7 @@ def compare(
             left.append((name, count))
             whole = len(requests.examples) // count * count
             if not is_sharded(loaded):
-                require_work(whole, len(chunks(whole, evaluation)))
+                require_work(whole, len(chunks(whole, own_config)))
     refused: dict[str, list[tuple[str, int]]] = {}
     with folder(out / "cells"):
         for name, count in left:
