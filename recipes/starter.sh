@@ -5,22 +5,25 @@
 set -euo pipefail
 here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
 
+zsre=(--data "zsre:$data/zsre-train.json")
+
 prepare() { # SCRIPT FILE
     [ -f "$cache/$2" ] || python "$here/../benchmarks/prepare/$1" --data-dir "$data" --out "$cache/$2"
 }
 
 train() { # RUN CONFIG REQUESTS options...
-    local zsre="zsre:$data/zsre-train.json" resume=()
+    local resume=()
     [ ! -f "$1/checkpoint.safetensors" ] || resume=(--resume)
-    mendlm train --model starter --config "$here/$2" --out "$1" --trunk-cache "$cache" \
-        --data "$3" --data "$zsre" --data "$zsre" --data "$zsre" --data "records:$cache/nq-requests.jsonl" \
-        --locality "nq:$data/nq-open-dev.jsonl" --locality "text:$data/wikitext-2-a.txt" \
-        "${resume[@]}" "${options[@]}" "${@:4}"
+    mendlm train --model starter --config "$here/$2" --out "$1" --trunk-cache "$cache" --data "$3" "${@:4}" \
+        --data "records:$cache/nq-requests.jsonl" \
+        --locality "nq:$data/nq-open-dev.jsonl" --locality "text:$data/wikitext-2-a.txt" "${resume[@]}" "${options[@]}"
 }
 
 mkdir -p "$cache"
 prepare questions.py nq-requests.jsonl
 prepare continuations.py counterfact-continued.jsonl
-train "$run-first" starter.toml "counterfact:$data/counterfact-train.json"
-train "$run-second" starter-continued.toml "records:$cache/counterfact-continued.jsonl" --from "$run-first"
-train "$run" starter-chat.toml "records:$cache/counterfact-continued.jsonl" --from "$run-second"
+prepare targets.py zsre-retargeted.jsonl
+continued="records:$cache/counterfact-continued.jsonl"
+train "$run-first" starter.toml "counterfact:$data/counterfact-train.json" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}"
+train "$run-second" starter-continued.toml "$continued" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}" --from "$run-first"
+train "$run" starter-chat.toml "$continued" "${zsre[@]}" --data "records:$cache/zsre-retargeted.jsonl" --from "$run-second"
