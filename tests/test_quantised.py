@@ -425,10 +425,14 @@ def test_what_cannot_be_loaded(load: Any, folder: Path, monkeypatch: pytest.Monk
         load("int3")
     with pytest.raises(InputError, match="not in float64"):
         load("nf4", dtype="float64")
-    for package, kind in (("bitsandbytes", "nf4"), ("torchao", "torchao-int8"), ("accelerate", "int8")):
+    for package, kind, extra in (
+        ("bitsandbytes", "nf4", "quant"),
+        ("torchao", "torchao-int8", "torchao"),
+        ("accelerate", "int8", "quant"),
+    ):
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, package, None)
-            with pytest.raises(MissingPackageError, match=rf"'{package}', which is not installed.*mendlm\[quant\]"):
+            with pytest.raises(MissingPackageError, match=rf"'{package}', which is not installed.*mendlm\[{extra}\]"):
                 load(kind)
 
 

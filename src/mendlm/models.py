@@ -209,9 +209,10 @@ def _quantized(config: Any, wanted: str | None, dtype: torch.dtype, device: torc
     if dtype == torch.float64:
         raise InputError("quantised weights compute in float32, bfloat16 or float16, not in float64; choose one by --dtype")
     if method in QUANTIZATIONS.values():
-        require("accelerate", "quant")
+        extra = {"bitsandbytes": "quant"}.get(method, method)
+        require("accelerate", extra)
         with _nothing_fetched():
-            require(method, "quant")
+            require(method, extra)
     options: dict[str, Any] = {"device_map": {"": device}}
     if wanted == "nf4":
         how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
@@ -219,7 +220,7 @@ def _quantized(config: Any, wanted: str | None, dtype: torch.dtype, device: torc
     elif wanted == "int8":
         options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     elif wanted == "torchao-int8":
-        int8 = require("torchao.quantization", "quant").Int8WeightOnlyConfig(version=2)
+        int8 = require("torchao.quantization", "torchao").Int8WeightOnlyConfig(version=2)
         options["quantization_config"] = transformers.TorchAoConfig(int8)
     return options
 
