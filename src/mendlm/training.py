@@ -24,8 +24,9 @@ import functools
 import itertools
 import math
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,8 +37,8 @@ from torch import Tensor
 from mendlm import processes
 from mendlm.apply import Edit, join
 from mendlm.checkpoint import Run
-from mendlm.errors import InputError, NumericalError, require
-from mendlm.files import locked, plain, refuse_existing
+from mendlm.errors import InputError, NumericalError, StorageError, require
+from mendlm.files import locked, plain, refuse_existing, storing
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned
 from mendlm.models import base_of, device_of, is_sharded
@@ -295,6 +296,10 @@ class Trainer:
             if self.sharded:
                 raise InputError("a trunk cache needs the whole base in each process, but its weights are split; leave it out")
             self.trunk = TrunkCache(self.trunk, model, trunk_cache)
+            held_out = [replace(valid, examples=self.valid, probes=())] if valid else []
+            watched = [replace(source, examples=()) for source in locality]
+            most = 3 * (config.steps * config.batch_size + len(self.valid))  # a request's own text and two more
+            require_disk(self.trunk, states_bytes(model, self.formatter, [data, *held_out, *watched], most))
         rates = {id(parameter) for parameter in method.rates()}
         networks = [parameter for parameter in method.parameters() if id(parameter) not in rates]
         self.optimizer = torch.optim.Adam([{"params": networks}, {"params": method.rates()}])
@@ -435,6 +440,41 @@ def require_tracker(name: str) -> None:
         raise InputError(f"the package of the tracker '{name}' is not installed; install it, or leave the tracker out")
 
 
+def states_bytes(model: Any, formatter: Formatter, sources: Iterable[Dataset], most: int | None = None) -> int:
+    """Bytes that a trunk cache of all texts of these data sets takes, each text once, as a raw prompt with its answer.
+
+    Where no more than `most` of them are ever read, that share of it.
+    """
+    lengths = {hash((text.prompt, text.target)): len(text) for source in sources for text in _every(formatter, source)}
+    width: int = model.get_input_embeddings().embedding_dim
+    size: int = next(model.parameters()).element_size()
+    share = 1.0 if most is None else min(1.0, most / max(1, len(lengths)))
+    return math.ceil(share * sum(lengths.values()) * width * size)
+
+
+def _every(formatter: Formatter, source: Dataset) -> Iterator[Encoded]:
+    for example in source.examples:
+        for prompt in (example.prompt, *example.rephrasings):
+            yield formatter.encode(prompt, example.target)
+        for probe in example.unrelated:
+            yield formatter.encode(probe.prompt, probe.answer)
+    for probe in source.probes:
+        yield formatter.encode(probe.prompt, probe.answer)
+
+
+def require_disk(cache: TrunkCache, needed: int) -> None:
+    """Raise `StorageError` unless the disk holds what a cache of so many bytes still lacks. Makes no folder."""
+    lacking = needed - cache.stored_bytes()
+    place = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.exists())
+    with storing(cache.folder):
+        free = shutil.disk_usage(place).free
+    if lacking > free:
+        raise StorageError(
+            f"the trunk cache of these texts takes {lacking / 1e9:.2f} GB more, and {place} has {free / 1e9:.2f} GB free; "
+            "free the disk, put the cache on another one, give fewer texts, or leave the trunk cache out"
+        )
+
+
 def train(
     method: Learned,
     model: Any,
@@ -456,7 +496,8 @@ def train(
 
     `callback` is called after every step; when `should_stop` says so, a checkpoint is written and the run can be resumed.
     `prepared` says that the method was trained before, and keeps its statistics. `about` goes into the run's description;
-    `trunk_cache` is a folder that keeps the trunk's outputs across runs.
+    `trunk_cache` is a folder that keeps the trunk's outputs across runs; a `StorageError` before any work if its disk cannot
+    hold those of all texts, or of as many as the steps can draw.
     Freezes the model's parameters and puts it in evaluation mode. Raises `InputError` for data that holds too few
     requests and for a folder that another training holds, and `NumericalError` if the loss stops being finite.
 
