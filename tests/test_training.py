@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from cases import byte_tokenizer, tiny
@@ -160,6 +161,49 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_examples() -> None:
         torch.testing.assert_close(value, sum(one[name] for _, one in alone), rtol=1e-5, atol=1e-5)
     gradient = sum(grads(loss, method) for loss, _ in alone)
     assert ((grads(together, method) - gradient).norm() / gradient.norm()).item() < 1e-4
+
+
+class Unsynchronised(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a number, and results whose shape the numbers decide."""
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"), name
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        assert not by_mask, "index by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def eager_case(config: TrainConfig, device: str) -> tuple[Any, ...]:
+    """What `outer_loss` takes, on a model whose attention does not ask whether a mask is all ones."""
+    model = copy.deepcopy(tiny("llama")).to(device)
+    model.set_attn_implementation("eager")
+    form = Formatter.of(model, byte_tokenizer())
+    drawn, method = draws(form, config), new_method().to(device)
+    return method, model, form, Trunk.below(model, method.specs), drawn, config
+
+
+@pytest.mark.parametrize("num_edits", [1, 2])
+def test_a_step_reads_no_number_of_the_device(num_edits: int) -> None:
+    case = eager_case(replace(SMALL, num_edits=num_edits), "cpu")
+    with Unsynchronised():
+        loss, _ = outer_loss(*case)
+        loss.backward()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            loss.item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_edits", [1, 2])
+def test_a_step_never_waits_for_the_device(num_edits: int) -> None:
+    case = eager_case(replace(SMALL, num_edits=num_edits), "cuda")
+    outer_loss(*case)[0].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outer_loss(*case)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_requests_without_anything_unrelated_have_no_locality_loss() -> None:

@@ -44,7 +44,7 @@ from mendlm.methods.base import Learned
 from mendlm.models import base_of, device_of, is_sharded
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
-from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
+from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends, tensor_on
 from mendlm.trunk_cache import TrunkCache
 
 RECORDED = 32
@@ -221,7 +221,7 @@ def outer_loss(
         needed = sorted({i // k for i in group}, key=home.__getitem__)
         edit = join([leaves[b][index] for b, index in _places([home[number] for number in needed], formatter.device)])
         order = [needed.index(i // k) for i in group]
-        routing = None if order == list(range(len(needed))) else torch.tensor(order, device=formatter.device)
+        routing = None if order == list(range(len(needed))) else tensor_on(formatter.device, order)
         with trunk.replay(tape):
             if name == "locality":
                 with torch.no_grad():
@@ -253,7 +253,7 @@ def _tensors(*edits: Edit | None) -> list[Tensor]:
 def _places(homes: Sequence[tuple[int, int]], device: torch.device) -> list[tuple[int, Tensor]]:
     """Of sorted (batch, place) pairs, each batch with its places."""
     runs = itertools.groupby(homes, key=lambda home: home[0])
-    return [(b, torch.tensor([place for _, place in run], device=device)) for b, run in runs]
+    return [(b, tensor_on(device, [place for _, place in run])) for b, run in runs]
 
 
 class Trainer:
