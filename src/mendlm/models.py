@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import platformdirs
@@ -210,8 +211,7 @@ def _quantized(config: Any, wanted: str | None, dtype: torch.dtype, device: torc
         raise InputError("quantised weights compute in float32, bfloat16 or float16, not in float64; choose one by --dtype")
     if method in QUANTIZATIONS.values():
         require("accelerate", "quant")
-        with _nothing_fetched():
-            require(method, "quant")
+        quantizer(method)
     options: dict[str, Any] = {"device_map": {"": device}}
     if wanted == "nf4":
         how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
@@ -222,6 +222,12 @@ def _quantized(config: Any, wanted: str | None, dtype: torch.dtype, device: torc
         int8 = require("torchao.quantization", "quant").Int8WeightOnlyConfig(version=2)
         options["quantization_config"] = transformers.TorchAoConfig(int8)
     return options
+
+
+def quantizer(package: str) -> ModuleType:
+    """bitsandbytes or torchao, imported; a `MissingPackageError` where it is not installed."""
+    with _nothing_fetched():
+        return require(package, "quant")
 
 
 @contextlib.contextmanager
