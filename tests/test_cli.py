@@ -17,7 +17,8 @@ from cases import byte_tokenizer, other, tiny
 from mendlm.apply import Edit, applied
 from mendlm.cli import main
 from mendlm.files import read_tensors, sha256
-from mendlm.layers import select
+from mendlm.layers import default_layers, select
+from mendlm.methods.malmen import Malmen, MalmenConfig
 from mendlm.models import load
 from mendlm.text import Formatter
 
@@ -99,6 +100,24 @@ def test_train_from_a_run_goes_on_with_its_editor_and_its_statistics(run: Comman
     assert description["from"] == {"source": "run", "sha256": sha256(place / "run" / "editor.safetensors")}
     assert "has its own editor settings" in run(*common, "--set", "editor.rank=3", "--out", tmp_path / "x", fails=True)
     assert "give --method mend" in run(*common, "--method", "ke", "--out", tmp_path / "x", fails=True)
+
+
+@pytest.mark.parametrize("shared", ["true", "false"])
+def test_the_rank_is_the_largest_that_the_memory_holds(shared: str, run: Command, tmp_path: Path) -> None:
+    common = ["train", "--model", "model", "--data", "records:facts.jsonl", "--steps", 1, "--set", "batch_size=2"]
+    common += ["--set", "normalizer_examples=2", "--set", f"editor.shared={shared}", "--method", "malmen"]
+    run(*common, "--out", tmp_path / "run", "--editor-memory", "1e-3")
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["editor"]
+    specs = default_layers(tiny("llama"))
+    fits = [
+        16 * sum(p.numel() for p in Malmen(specs, MalmenConfig(**{**config, "rank": rank})).parameters()) <= 1e6
+        for rank in (config["rank"], config["rank"] + 1)
+    ]
+    assert fits == [True, False]
+    told = run(*common, "--out", tmp_path / "small", "--editor-memory", "1e-6", fails=True)
+    assert "holds no editor of these 9 layers: rank 1 takes" in told
+    told = run(*common, "--out", tmp_path / "small", "--editor-memory", "1", "--set", "editor.rank=4", fails=True)
+    assert "editor.rank is 4; give one of them" in told
 
 
 def test_config_file_and_settings(run: Command, tmp_path: Path) -> None:
@@ -448,6 +467,15 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["train", "--data", "records:facts.jsonl", "--set", "tracker=clearml"],
         ["'clearml' is not installed", "leave the tracker out"],
     ),
+    "memory of no rank": (
+        ["train", "--data", "records:facts.jsonl", "--method", "ke", "--editor-memory", "1"],
+        ["rank of mend and malmen", "'ke' has none"],
+    ),
+    "memory of a trained editor": (
+        ["train", "--data", "records:facts.jsonl", "--from", "run", "--editor-memory", "1"],
+        ["--from run has a rank already"],
+    ),
+    "no memory": (["train", "--data", "records:facts.jsonl", "--editor-memory", "nan"], ["positive number of GB", "nan"]),
     "device": (["eval", "--data", "records:facts.jsonl", "--device", "nope"], ["'nope'", "this machine has cpu"]),
     "plain text": (["eval", "--data", "records:text.txt"], ["text.txt", "text:text.txt"]),
     "task": (["train", "--data", "facts.jsonl"], ["TASK:PATH", "counterfact"]),

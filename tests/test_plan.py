@@ -20,10 +20,10 @@ from mendlm.cli import main
 from mendlm.layers import default_layers
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import fake_model, skeleton
-from mendlm.plan import Lengths, Storages, base_bytes, plans, states_bytes, step, texts
+from mendlm.plan import Lengths, Storages, base_bytes, plans, step, texts
 from mendlm.tasks import load_edits
 from mendlm.text import Formatter
-from mendlm.training import TrainConfig
+from mendlm.training import TrainConfig, states_bytes
 
 RANK, BATCH = 4, 3
 
@@ -133,6 +133,9 @@ def test_the_disk_that_a_trunk_cache_takes_is_each_text_once(place: Path) -> Non
     asked = (("Ana is a", "baker"), ("Bo is a", "cook"))
     tokens = sum(len(formatter.encode(*pair)) for pair in asked)
     assert states_bytes(tiny("llama"), formatter, [load_edits("records:facts.jsonl")]) == tokens * 16 * 4
+    twice = [load_edits("records:facts.jsonl")] * 2
+    assert states_bytes(tiny("llama"), formatter, twice) == tokens * 16 * 4
+    assert states_bytes(tiny("llama"), formatter, twice, most=1) == tokens * 16 * 4 / 2
 
 
 def test_cards_keep_a_tenth_free() -> None:

@@ -4,20 +4,23 @@ import copy
 import json
 import os
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from cases import byte_tokenizer, tiny
 from mendlm import training
 from mendlm.checkpoint import Run, load_editor
-from mendlm.errors import FormatError, InputError, NumericalError
+from mendlm.errors import FormatError, InputError, MissingPackageError, NumericalError
 from mendlm.files import read_tensors
 from mendlm.layers import default_layers
 from mendlm.lowrank import LowRank
@@ -162,6 +165,49 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_examples() -> None:
     assert ((grads(together, method) - gradient).norm() / gradient.norm()).item() < 1e-4
 
 
+class Unsynchronised(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a number, and results whose shape the numbers decide."""
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"), name
+        by_mask = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        assert not by_mask, "index by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def eager_case(config: TrainConfig, device: str) -> tuple[Any, ...]:
+    """What `outer_loss` takes, on a model whose attention does not ask whether a mask is all ones."""
+    model = copy.deepcopy(tiny("llama")).to(device)
+    model.set_attn_implementation("eager")
+    form = Formatter.of(model, byte_tokenizer())
+    drawn, method = draws(form, config), new_method().to(device)
+    return method, model, form, Trunk.below(model, method.specs), drawn, config
+
+
+@pytest.mark.parametrize("num_edits", [1, 2])
+def test_a_step_reads_no_number_of_the_device(num_edits: int) -> None:
+    case = eager_case(replace(SMALL, num_edits=num_edits), "cpu")
+    with Unsynchronised():
+        loss, _ = outer_loss(*case)
+        loss.backward()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            loss.item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_edits", [1, 2])
+def test_a_step_never_waits_for_the_device(num_edits: int) -> None:
+    case = eager_case(replace(SMALL, num_edits=num_edits), "cuda")
+    outer_loss(*case)[0].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outer_loss(*case)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_requests_without_anything_unrelated_have_no_locality_loss() -> None:
     model = tiny("llama")
     form = Formatter.of(model, byte_tokenizer())
@@ -292,6 +338,57 @@ def test_a_stopped_run_resumed_equals_an_uninterrupted_one(
     go(tmp_path / "parts", seed=99, resume=True, **options)
     assert seen == list(range(1, 7))
     assert_same_run(whole, tmp_path / "parts")
+
+
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+EIGHT_BITS = replace(SMALL, steps=4, optimizer="adam8bit")
+
+
+def go_wide(folder: Path, config: TrainConfig, **more: Any) -> Mend:
+    """A run whose networks' matrices are large enough for 8 bits."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method = Mend(default_layers(tiny("llama")), MendConfig(rank=64, initial_rate=0.1))
+    train(method, tiny("llama"), byte_tokenizer(), DATA, config, folder, locality=[ELSEWHERE], **more)
+    return method
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+def test_moments_in_8_bits_train_alike_and_are_resumed_exactly(tmp_path: Path) -> None:
+    method, dense = go_wide(tmp_path / "whole", EIGHT_BITS), go_wide(tmp_path / "dense", replace(EIGHT_BITS, optimizer="adam"))
+    seen: list[int] = []
+    options: dict[str, Any] = {"callback": lambda progress: seen.append(progress.step)}
+    go_wide(tmp_path / "parts", EIGHT_BITS, should_stop=lambda: seen[-1] == 3, **options)
+    go_wide(tmp_path / "parts", EIGHT_BITS, resume=True, **options)
+    assert seen == [1, 2, 3, 4]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    tensors, _ = read_tensors(tmp_path / "whole" / "checkpoint.safetensors")
+    moments = [tensor for name, tensor in tensors.items() if name.endswith((".state1", ".state2"))]
+    assert {tensor.dtype for tensor in moments} == {torch.uint8, torch.float32}
+    assert all((tensor.dtype == torch.uint8) == (tensor.numel() >= 4096) for tensor in moments)
+    rows = {name: log(tmp_path / name)[-1]["loss"] for name in ("whole", "dense")}
+    assert rows["whole"] == pytest.approx(rows["dense"], rel=0.02)
+    for one, other in zip(method.parameters(), dense.parameters(), strict=True):
+        assert (one - other).norm() < 0.1 * other.norm()
+
+
+@needs_bitsandbytes
+def test_a_run_keeps_its_optimizer(tmp_path: Path) -> None:
+    go(tmp_path / "run", replace(SMALL, steps=1))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(InputError, match="with the optimizer 'adam', whose state 'adam8bit' cannot take on"):
+        go(tmp_path / "run", replace(SMALL, steps=2, optimizer="adam8bit"), resume=True)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_moments_in_8_bits_need_a_package_and_others_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingPackageError, match=r"mendlm\[quant\]"):
+        go(tmp_path / "run", EIGHT_BITS)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="adam or adam8bit, got sgd"):
+        replace(SMALL, optimizer="sgd")
 
 
 def test_a_killed_run_is_resumed_from_its_last_checkpoint(tmp_path: Path, whole: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +11,11 @@ import torch
 
 from cases import byte_tokenizer, tiny
 from mendlm.checkpoint import load_editor
-from mendlm.errors import ModelError
+from mendlm.errors import ModelError, StorageError
 from mendlm.layers import default_layers
 from mendlm.replay import Trunk
 from mendlm.text import Formatter
-from mendlm.training import outer_loss, train
+from mendlm.training import outer_loss, states_bytes, train
 from mendlm.trunk_cache import TrunkCache
 from test_training import DATA, ELSEWHERE, SMALL, draws, fitted, new_method
 
@@ -115,3 +117,30 @@ def test_training_with_a_cache_is_training(tmp_path: Path, computed: list[int]) 
     for other in cached:
         for name, value in plain.items():
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_cache_that_the_disk_cannot_hold_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    needed = states_bytes(model, Formatter.of(model, byte_tokenizer()), [DATA, ELSEWHERE])
+    assert needed > states_bytes(model, Formatter.of(model, byte_tokenizer()), [DATA]), "locality sources count"
+    asked: list[Path] = []
+    free = needed - 1
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+    def go(name: str) -> None:
+        options = {"trunk_cache": tmp_path / "deep" / "cache", "locality": [ELSEWHERE]}
+        train(new_method(), model, byte_tokenizer(), DATA, SMALL, tmp_path / name, **options)
+
+    with pytest.raises(StorageError, match=r"0\.00 GB more, and .* has 0\.00 GB free; free the disk"):
+        go("refused")
+    assert asked == [tmp_path], "the nearest folder that exists"
+    assert not list(tmp_path.iterdir())
+    free = needed
+    go("first")
+    free = needed - 1  # what the cache holds already is not needed again
+    go("second")

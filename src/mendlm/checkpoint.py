@@ -126,7 +126,7 @@ class Run:
     def continue_with(self, wanted: Mapping[str, Any]) -> None:
         """Check that a resumed run has the editor and data that it was started with; raises `InputError` if not.
 
-        Training settings may differ; the description then says from which step on.
+        Training settings other than the optimizer may differ; the description then says from which step on.
         """
         if not (self.folder / "checkpoint.safetensors").is_file():
             raise InputError(f"{self.folder} holds no checkpoint to resume; start a run in a new folder, without --resume")
@@ -134,6 +134,12 @@ class Run:
         for key, value in plain(wanted).items():
             if key == "training":
                 changed = {name: [stored[key].get(name), new] for name, new in value.items() if stored[key].get(name) != new}
+                before, now = stored[key].get("optimizer", "adam"), value["optimizer"]
+                if before != now:
+                    raise InputError(
+                        f"{self.folder} was trained with the optimizer '{before}', whose state '{now}' cannot take on; resume "
+                        "with the same, or train its editor further in another folder (--from)"
+                    )
                 if changed:
                     change = {"step": self.last_metrics()["step"], "changed": changed}
                     stored |= {key: value, "resumed": [*stored.get("resumed", []), change]}
@@ -174,8 +180,11 @@ class Run:
     def save_checkpoint(self, method: Learned, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Write checkpoint.safetensors: everything that a resumed run needs, in one file."""
         tensors = {f"editor.{name}": tensor for name, tensor in method.state_dict().items()}
-        for number, moments in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in moments.items()}
+        # Not the optimiser's own `state_dict`: that of bitsandbytes nests its tensors.
+        for number, moments in torch.optim.Optimizer.state_dict(optimizer)["state"].items():
+            for name, value in moments.items():  # bitsandbytes counts steps by an int, and all parameters share its maps
+                tensor = value.clone() if name.startswith("qmap") else torch.as_tensor(value)
+                tensors[f"optimizer.{number}.{name}"] = tensor
         metadata = {"format": "mendlm-checkpoint-1", "state": json.dumps(state)}
         write_tensors(self.folder / "checkpoint.safetensors", tensors, metadata)
 
@@ -186,11 +195,12 @@ class Run:
         if metadata.get("format") != "mendlm-checkpoint-1":
             raise FormatError(f"{path} is not a checkpoint of this version of mendlm")
         _load_state(method, {n[7:]: t for n, t in tensors.items() if n.startswith("editor.")}, path)
-        moments: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor | int]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, number, field = name.split(".", 2)
-                moments.setdefault(int(number), {})[field] = tensor
+                value = int(tensor) if tensor.dim() == 0 and tensor.dtype == torch.int64 else tensor
+                moments.setdefault(int(number), {})[field] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         state = json.loads(metadata["state"])
         assert isinstance(state, dict)

@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import platformdirs
@@ -209,10 +210,8 @@ def _quantized(config: Any, wanted: str | None, dtype: torch.dtype, device: torc
     if dtype == torch.float64:
         raise InputError("quantised weights compute in float32, bfloat16 or float16, not in float64; choose one by --dtype")
     if method in QUANTIZATIONS.values():
-        extra = {"bitsandbytes": "quant"}.get(method, method)
-        require("accelerate", extra)
-        with _nothing_fetched():
-            require(method, extra)
+        require("accelerate", _EXTRAS[method])
+        quantizer(method)
     options: dict[str, Any] = {"device_map": {"": device}}
     if wanted == "nf4":
         how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
@@ -223,6 +222,15 @@ def _quantized(config: Any, wanted: str | None, dtype: torch.dtype, device: torc
         int8 = require("torchao.quantization", "torchao").Int8WeightOnlyConfig(version=2)
         options["quantization_config"] = transformers.TorchAoConfig(int8)
     return options
+
+
+_EXTRAS = {"bitsandbytes": "quant", "torchao": "torchao"}
+
+
+def quantizer(package: str) -> ModuleType:
+    """bitsandbytes or torchao, imported; a `MissingPackageError` where it is not installed."""
+    with _nothing_fetched():
+        return require(package, _EXTRAS[package])
 
 
 @contextlib.contextmanager

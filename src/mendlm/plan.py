@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mendlm.layers import block_stacks, choose
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.replay import Trunk
-from mendlm.tasks import Dataset
 from mendlm.text import Encoded, Formatter
 from mendlm.training import Drawn, TrainConfig, outer_loss
 
@@ -196,19 +195,3 @@ def base_bytes(model: nn.Module, base: str) -> int:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def states_bytes(model: Any, formatter: Formatter, sources: Iterable[Dataset]) -> int:
-    """Bytes that a trunk cache of all texts of these data sets takes, each text once, as a raw prompt with its answer."""
-    tokens = sum(len(text) for source in sources for text in _every(formatter, source))
-    width: int = model.get_input_embeddings().embedding_dim
-    size: int = next(model.parameters()).element_size()
-    return tokens * width * size
-
-
-def _every(formatter: Formatter, source: Dataset) -> Iterator[Encoded]:
-    for example in source.examples:
-        for prompt in (example.prompt, *example.rephrasings):
-            yield formatter.encode(prompt, example.target)
-    for probe in source.probes:
-        yield formatter.encode(probe.prompt, probe.answer)

@@ -218,8 +218,8 @@ class Formatter:
         else:
             ids, mask = self._pad(sequences, left=False)
             inputs = {"input_ids": ids, "attention_mask": mask}
-        long = {name: torch.tensor(v, device=self.device) for name, v in (("row", row), ("column", column), ("label", label))}
-        return Batch(inputs, **long, is_end=torch.tensor(is_end, device=self.device), size=len(texts))
+        long = {name: tensor_on(self.device, v) for name, v in (("row", row), ("column", column), ("label", label))}
+        return Batch(inputs, **long, is_end=tensor_on(self.device, is_end), size=len(texts))
 
     def _pad(self, sequences: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         length = max(map(len, sequences))
@@ -230,7 +230,7 @@ class Formatter:
             pad, ones = [filler] * blank, [1] * len(sequence)
             ids.append(pad + sequence if left else sequence + pad)
             mask.append([0] * blank + ones if left else ones + [0] * blank)
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        return tensor_on(self.device, ids), tensor_on(self.device, mask)
 
     @torch.no_grad()
     def generate(self, model: Any, prompts: Sequence[Encoded], max_new_tokens: int) -> list[tuple[int, ...]]:
@@ -271,6 +271,13 @@ class Formatter:
         if self.family == "classifier":
             return " ".join(self.labels[token] for token in tokens)
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def tensor_on(device: torch.device, values: Sequence[Any]) -> Tensor:
+    """Numbers as a tensor. On a CUDA device the host does not wait: a copy from pageable memory would halt it."""
+    if device.type != "cuda":
+        return torch.tensor(values, device=device)
+    return torch.tensor(values).pin_memory().to(device, non_blocking=True)
 
 
 def _labels(model: Any, tokenizer: Any) -> tuple[str, ...]:

@@ -24,11 +24,12 @@ import functools
 import itertools
 import math
 import random
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,14 +37,14 @@ from torch import Tensor
 from mendlm import processes
 from mendlm.apply import Edit, join
 from mendlm.checkpoint import Run
-from mendlm.errors import InputError, NumericalError, require
-from mendlm.files import locked, plain, refuse_existing
+from mendlm.errors import InputError, NumericalError, StorageError, require
+from mendlm.files import locked, plain, refuse_existing, storing
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned
-from mendlm.models import base_of, device_of, is_sharded
+from mendlm.models import base_of, device_of, is_sharded, quantizer
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
-from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
+from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends, tensor_on
 from mendlm.trunk_cache import TrunkCache
 
 RECORDED = 32
@@ -70,6 +71,9 @@ class TrainConfig:
     """Adam's rate for what the method learns by its logarithm: the per-layer rates."""
     final_learning_rate: float = 0.05
     """Both rates fall along a half cosine to this share of themselves at the last step."""
+    optimizer: Literal["adam", "adam8bit"] = "adam"
+    """`adam8bit` keeps Adam's two moments in 8 bits, by bitsandbytes: a quarter of their memory. Parameters of fewer than 4096
+    numbers keep 32 bits."""
     clip: float = 1.0
     """Largest norm of the outer gradient; a longer one is scaled down to it. The paper has 100."""
     edit_weight: float = 0.1
@@ -117,6 +121,8 @@ class TrainConfig:
         for name in ("own_locality", "continuation_share", "chat_share", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
+        if self.optimizer not in ("adam", "adam8bit"):
+            raise InputError(f"optimizer must be adam or adam8bit, got {self.optimizer}")
         if self.patience < self.valid_every:
             raise InputError(f"patience {self.patience} must be at least valid_every {self.valid_every}")
         if self.batch_size % self.num_edits:
@@ -220,7 +226,7 @@ def outer_loss(
         needed = sorted({i // k for i in group}, key=home.__getitem__)
         edit = join([leaves[b][index] for b, index in _places([home[number] for number in needed], formatter.device)])
         order = [needed.index(i // k) for i in group]
-        routing = None if order == list(range(len(needed))) else torch.tensor(order, device=formatter.device)
+        routing = None if order == list(range(len(needed))) else tensor_on(formatter.device, order)
         with trunk.replay(tape):
             if name == "locality":
                 with torch.no_grad():
@@ -252,7 +258,7 @@ def _tensors(*edits: Edit | None) -> list[Tensor]:
 def _places(homes: Sequence[tuple[int, int]], device: torch.device) -> list[tuple[int, Tensor]]:
     """Of sorted (batch, place) pairs, each batch with its places."""
     runs = itertools.groupby(homes, key=lambda home: home[0])
-    return [(b, torch.tensor([place for _, place in run], device=device)) for b, run in runs]
+    return [(b, tensor_on(device, [place for _, place in run])) for b, run in runs]
 
 
 class Trainer:
@@ -295,9 +301,14 @@ class Trainer:
             if self.sharded:
                 raise InputError("a trunk cache needs the whole base in each process, but its weights are split; leave it out")
             self.trunk = TrunkCache(self.trunk, model, trunk_cache)
+            held_out = [replace(valid, examples=self.valid, probes=())] if valid else []
+            watched = [replace(source, examples=()) for source in locality]
+            most = 3 * (config.steps * config.batch_size + len(self.valid))  # a request's own text and two more
+            require_disk(self.trunk, states_bytes(model, self.formatter, [data, *held_out, *watched], most))
         rates = {id(parameter) for parameter in method.rates()}
         networks = [parameter for parameter in method.parameters() if id(parameter) not in rates]
-        self.optimizer = torch.optim.Adam([{"params": networks}, {"params": method.rates()}])
+        adam = quantizer("bitsandbytes").optim.Adam8bit if config.optimizer == "adam8bit" else torch.optim.Adam
+        self.optimizer: torch.optim.Optimizer = adam([{"params": networks}, {"params": method.rates()}])
         self.step, self.best, self.best_step = 0, float("inf"), 0
         processes.follow_main(method.state_dict().values())
 
@@ -435,6 +446,41 @@ def require_tracker(name: str) -> None:
         raise InputError(f"the package of the tracker '{name}' is not installed; install it, or leave the tracker out")
 
 
+def states_bytes(model: Any, formatter: Formatter, sources: Iterable[Dataset], most: int | None = None) -> int:
+    """Bytes that a trunk cache of all texts of these data sets takes, each text once, as a raw prompt with its answer.
+
+    Where no more than `most` of them are ever read, that share of it.
+    """
+    lengths = {hash((text.prompt, text.target)): len(text) for source in sources for text in _every(formatter, source)}
+    width: int = model.get_input_embeddings().embedding_dim
+    size: int = next(model.parameters()).element_size()
+    share = 1.0 if most is None else min(1.0, most / max(1, len(lengths)))
+    return math.ceil(share * sum(lengths.values()) * width * size)
+
+
+def _every(formatter: Formatter, source: Dataset) -> Iterator[Encoded]:
+    for example in source.examples:
+        for prompt in (example.prompt, *example.rephrasings):
+            yield formatter.encode(prompt, example.target)
+        for probe in example.unrelated:
+            yield formatter.encode(probe.prompt, probe.answer)
+    for probe in source.probes:
+        yield formatter.encode(probe.prompt, probe.answer)
+
+
+def require_disk(cache: TrunkCache, needed: int) -> None:
+    """Raise `StorageError` unless the disk holds what a cache of so many bytes still lacks. Makes no folder."""
+    lacking = needed - cache.stored_bytes()
+    place = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.exists())
+    with storing(cache.folder):
+        free = shutil.disk_usage(place).free
+    if lacking > free:
+        raise StorageError(
+            f"the trunk cache of these texts takes {lacking / 1e9:.2f} GB more, and {place} has {free / 1e9:.2f} GB free; "
+            "free the disk, put the cache on another one, give fewer texts, or leave the trunk cache out"
+        )
+
+
 def train(
     method: Learned,
     model: Any,
@@ -456,7 +502,8 @@ def train(
 
     `callback` is called after every step; when `should_stop` says so, a checkpoint is written and the run can be resumed.
     `prepared` says that the method was trained before, and keeps its statistics. `about` goes into the run's description;
-    `trunk_cache` is a folder that keeps the trunk's outputs across runs.
+    `trunk_cache` is a folder that keeps the trunk's outputs across runs; a `StorageError` before any work if its disk cannot
+    hold those of all texts, or of as many as the steps can draw.
     Freezes the model's parameters and puts it in evaluation mode. Raises `InputError` for data that holds too few
     requests and for a folder that another training holds, and `NumericalError` if the loss stops being finite.
 

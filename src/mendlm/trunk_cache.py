@@ -59,6 +59,11 @@ class TrunkCache:
         parts = torch.split(tensors["states"], tensors["lengths"].tolist())
         self._states.update(zip(map(bytes, tensors["texts"].tolist()), parts, strict=True))
 
+    def stored_bytes(self) -> int:
+        """Bytes on the disk of this model's shards."""
+        with storing(self.folder):
+            return sum(path.stat().st_size for path in self._found if path.exists())
+
     def run(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tape:
         """The tape of a right-padded batch; what is not known yet is computed, and kept."""
         lengths = inputs["attention_mask"].sum(-1).tolist()

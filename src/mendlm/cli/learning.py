@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,9 @@ TrunkCache = Annotated[
     Path | None, typer.Option("--trunk-cache", help="Folder that keeps hidden states below the edits across epochs and runs.")
 ]
 
+BYTES_A_PARAMETER = 16
+"""A parameter, its gradient and Adam's two moments, in float32."""
+
 
 def train(
     data: Data,
@@ -39,6 +42,9 @@ def train(
     steps: Annotated[int | None, typer.Option("--steps", help="Optimiser steps; over file and --set.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's checkpoint.")] = False,
     start: Annotated[str | None, typer.Option("--from", help="A run or editor file whose editor is trained further.")] = None,
+    editor_memory: Annotated[
+        float | None, typer.Option("--editor-memory", metavar="GB", help="Largest editor.rank that trains in so much memory.")
+    ] = None,
     trunk_cache: TrunkCache = None,
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
@@ -63,6 +69,8 @@ def train(
     kind, config_type = trainable(method)
     if start is not None and editor_values:
         raise InputError(f"--from {start} has its own editor settings; leave editor.{next(iter(editor_values))} out")
+    if editor_memory is not None:
+        require_choice_of_rank(method, config_type, editor_values, start)
     editor_config, train_config = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
     if not resume:
         refuse_existing(out, force=False)
@@ -82,7 +90,11 @@ def train(
         if learned.name != method:
             raise InputError(f"--from {start} is an editor of the method '{learned.name}'; give --method {learned.name}")
     else:
-        learned, origin = kind.for_model(loaded, choose(loaded, editor_config.layers), editor_config), {}
+        specs = choose(loaded, editor_config.layers)
+        if editor_memory is not None:
+            editor_config = replace(editor_config, rank=rank_for(editor_memory, kind, specs, editor_config))
+            common.note(f"an editor of rank {editor_config.rank} trains in {editor_memory:g} GB")
+        learned, origin = kind.for_model(loaded, specs, editor_config), {}
     count = sum(parameter.numel() for parameter in learned.parameters())
     common.note(
         f"{len(requests.examples)} requests; editing {len(learned.specs)} layers with an editor of {count:,} parameters"
@@ -118,6 +130,32 @@ def trainable(method: str) -> tuple[Any, Any]:
     if method not in LEARNED:
         raise InputError(f"the method '{method}' cannot be trained; those that can are {', '.join(LEARNED)}")
     return method_types(method)
+
+
+def require_choice_of_rank(method: str, config_type: Any, editor_values: dict[str, Any], start: str | None) -> None:
+    """Raise `InputError` where --editor-memory has no rank to choose."""
+    from mendlm.methods.network import NetworkConfig
+
+    if not issubclass(config_type, NetworkConfig):
+        raise InputError(f"--editor-memory chooses the rank of mend and malmen; the method '{method}' has none, leave it out")
+    if "rank" in editor_values:
+        raise InputError(f"--editor-memory chooses the rank, but editor.rank is {editor_values['rank']}; give one of them")
+    if start is not None:
+        raise InputError(f"--from {start} has a rank already; leave --editor-memory out")
+
+
+def rank_for(gigabytes: float, kind: Any, specs: list[Any], config: Any) -> int:
+    """The largest rank whose training takes at most so many GB of 10^9 bytes: parameters, gradients and Adam's moments."""
+    if not 0 < gigabytes < float("inf"):
+        raise InputError(f"--editor-memory is a positive number of GB, got {gigabytes}")
+    rank: int = kind.rank_within(specs, config, int(gigabytes * 1e9 / BYTES_A_PARAMETER))
+    if rank < 1:
+        with_one = sum(p.numel() for p in kind(specs, replace(config, rank=1)).parameters()) * BYTES_A_PARAMETER
+        raise InputError(
+            f"--editor-memory {gigabytes:g} GB holds no editor of these {len(specs)} layers: rank 1 takes "
+            f"{with_one / 1e9:.2g} GB; give more, or edit fewer layers"
+        )
+    return rank
 
 
 def texts(data: list[str], locality: list[str] | None, valid: str | None, *, skip_bad: bool) -> tuple[Any, list[Any], Any]:

@@ -17,10 +17,11 @@ def show(
     """Print the plan of training on a model, of which nothing but the configuration is read."""
     from mendlm.layers import block_stacks, choose
     from mendlm.models import skeleton, tokenizer_of
-    from mendlm.plan import CARDS, plans, states_bytes
+    from mendlm.plan import CARDS, plans
     from mendlm.replay import Trunk
     from mendlm.tasks import load_edits
     from mendlm.text import Formatter
+    from mendlm.training import states_bytes
 
     fake = skeleton(model, revision=revision, from_wheel=from_wheel, report=common.note)
     found = plans(fake, rank=rank, batch_size=batch_size)

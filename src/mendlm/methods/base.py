@@ -16,7 +16,7 @@ from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
 from mendlm.models import is_sharded
 from mendlm.recording import Gradient, record
-from mendlm.text import Batch, scored_logits
+from mendlm.text import Batch, scored_logits, tensor_on
 
 Group = tuple[Sequence[int], Callable[[], Edit]]
 """Requests by number, and the function that makes their parts."""
@@ -144,7 +144,7 @@ class Learned(nn.Module, Method):
 def in_order(batches: Sequence[tuple[Sequence[int], Edit]]) -> Edit:
     """Batches of edits, each with its edits' numbers, as one batch in the order of the numbers."""
     edits = join([batch for _, batch in batches])
-    order = torch.tensor([number for numbers, _ in batches for number in numbers], device=edits.tensors()[0].device)
+    order = tensor_on(edits.tensors()[0].device, [number for numbers, _ in batches for number in numbers])
     return edits[order.argsort()]
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -162,6 +162,16 @@ class RowEditor(Learned):
             self.nets[key] = EditorNet(last - first, len(group), self.config.rank, self.config.init)
             self.normalizers[key] = Normalizer(group[0].d_in + group[0].d_out)
         self.log_rates = nn.Parameter(torch.full((len(self.specs),), math.log(self.config.initial_rate)))
+
+    @classmethod
+    def rank_within(cls, specs: Sequence[LayerSpec], config: NetworkConfig, parameters: int) -> int:
+        """The largest rank with which an editor has at most so many parameters; 0 if it has more with rank 1.
+
+        Their number is a straight line in the rank, here drawn through two editors of shapes alone.
+        """
+        with torch.device("meta"):
+            one, two = (sum(p.numel() for p in cls(specs, replace(config, rank=rank)).parameters()) for rank in (1, 2))
+        return max(0, 1 + (parameters - one) // (two - one))
 
     def rates(self) -> list[nn.Parameter]:
         """The logarithm of each layer's learned rate alpha."""
