@@ -38,19 +38,27 @@ def main() -> None:
         if name == "scale":
             for more in ([], ["--quantize", "nf4"]):
                 for shape in SHAPES:
-                    run("scale", "--shape", shape, *common, *more)
+                    run("scale", "--shape", shape, *common, *more, check=False)  # one may not fit
             continue
         data = ["--data-dir", str(arguments.data_dir)] if arguments.data_dir and name not in ("startup", "replay") else []
         run(name, "--model", arguments.model, "--rounds", str(arguments.rounds), *common, *data)
-    kind = "cuda" if list(arguments.out.glob("floor-cuda.json")) else "cpu"
+    kind = "cuda" if (arguments.device or default_device()).startswith("cuda") else "cpu"
     found = {path.stem.removesuffix(f"-{kind}"): json.loads(path.read_text()) for path in _results(arguments.out, kind)}
+    if not found:
+        raise SystemExit(f"{arguments.out} holds no results of the kind '{kind}'; run the benchmarks first, or name --device")
     (arguments.out / f"all-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
     publish(found, arguments.page)
 
 
-def run(name: str, *options: str) -> None:
+def default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(name: str, *options: str, check: bool = True) -> None:
     print(f"== {name} {' '.join(options)}", flush=True)
-    subprocess.run([sys.executable, str(HERE / f"{name}.py"), *options], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, str(HERE / f"{name}.py"), *options], check=check, stdout=subprocess.DEVNULL)
 
 
 def _results(folder: Path, kind: str) -> list[Path]:

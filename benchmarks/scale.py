@@ -142,10 +142,11 @@ def build(config: transformers.PretrainedConfig, device: torch.device, quantize:
         kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
         model = kind.from_config(config, dtype=torch.bfloat16)
     inside = {name for stack in block_stacks(model) for name, _ in model.named_modules() if name.startswith(f"{stack}.")}
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()  # T5's wo: never quantised
     torch.manual_seed(0)
     for name, module in list(model.named_modules()):
-        if quantize and name in inside and type(module) is nn.Linear:
-            parent, _, child = name.rpartition(".")
+        parent, _, child = name.rpartition(".")
+        if quantize and name in inside and type(module) is nn.Linear and child not in kept:
             setattr(model.get_submodule(parent), child, nf4(module, device))
             continue
         module._parameters = {
@@ -173,11 +174,11 @@ def nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     """A random layer in NF4."""
     import bitsandbytes
 
-    has_bias = layer.bias is not None
+    has_bias, form = layer.bias is not None, {"quant_type": "nf4", "compress_statistics": False}  # as mendlm.load has it
     made = bitsandbytes.nn.Linear4bit(
-        layer.in_features, layer.out_features, bias=has_bias, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+        layer.in_features, layer.out_features, bias=has_bias, compute_dtype=torch.bfloat16, device="meta", **form
     )
-    made.weight = bitsandbytes.nn.Params4bit(filled(layer.weight, device).cpu(), requires_grad=False, quant_type="nf4")
+    made.weight = bitsandbytes.nn.Params4bit(filled(layer.weight, device).cpu(), requires_grad=False, **form)
     if has_bias:
         made.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=torch.bfloat16), requires_grad=False)
     return made.to(device)

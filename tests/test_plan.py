@@ -153,3 +153,11 @@ def test_the_plan_is_near_the_memory_that_a_process_takes(tmp_path: Path) -> Non
     subprocess.run([sys.executable, str(script), *options, "--out", str(tmp_path)], check=True, env=quiet, timeout=550)
     result = json.loads((tmp_path / "scale-100m-cpu.json").read_text())
     assert result["plan_over_peak"] == pytest.approx(1, abs=0.15)
+
+
+def test_what_an_architecture_never_quantises_is_planned_dense() -> None:
+    model = fake_model(tiny("t5").config)
+    weights = {name: weight.numel() for name, weight in model.named_parameters() if weight.dim() == 2 and ".block." in name}
+    kept = sum(count for name, count in weights.items() if name.endswith(".wo.weight"))
+    assert kept
+    assert base_bytes(model, "bf16") - base_bytes(model, "int8") == sum(weights.values()) - kept

@@ -425,6 +425,8 @@ def test_what_cannot_be_loaded(load: Any, folder: Path, monkeypatch: pytest.Monk
         load("int3")
     with pytest.raises(InputError, match="not in float64"):
         load("nf4", dtype="float64")
+    with pytest.raises(InputError, match="a quantised model cannot be split over processes"):
+        load("nf4", device_map="shards")
     for package, kind, extra in (
         ("bitsandbytes", "nf4", "quant"),
         ("torchao", "torchao-int8", "torchao"),

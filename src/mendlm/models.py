@@ -116,8 +116,6 @@ def load(
         require("accelerate", "train")
         spread = {"device_map": device_map, "offload_folder": str(cache_folder() / "offload")}
     wanted = as_dtype(dtype, where)
-    if quantize is not None and device_map == SHARDS:
-        raise InputError(f"a quantised model cannot be split over processes; leave quantize '{quantize}' or device_map out")
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise InputError(f"unknown quantisation '{quantize}'; choose {', '.join(QUANTIZATIONS)}, or leave it out")
     source = _source(source, revision, from_wheel, report)
@@ -126,6 +124,10 @@ def load(
     with _readable(source):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        if device_map == SHARDS and (quantize or getattr(config, "quantization_config", None)):
+            raise InputError(
+                f"a quantised model cannot be split over processes; leave device_map '{SHARDS}' out, or load it dense"
+            )
         options |= _quantized(config, quantize, wanted, where) | spread
         with _no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)

@@ -181,12 +181,16 @@ def fake_mode(model: nn.Module) -> FakeTensorMode:
 
 
 def base_bytes(model: nn.Module, base: str) -> int:
-    """Bytes of the frozen model with the matrices of its blocks in another form, and all else in two bytes a number."""
+    """Bytes of the frozen model with the matrices of its blocks in another form, and all else in two bytes a number.
+
+    Matrices that their architecture keeps as they are (T5's `wo`) are never quantised.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     inside = {
         id(weight): weight.numel()
         for blocks in block_stacks(model).values()
-        for weight in blocks.parameters()
-        if weight.dim() == 2
+        for name, weight in blocks.named_parameters()
+        if weight.dim() == 2 and not kept & set(name.split("."))
     }
     quantised = sum(inside.values())
     rest = sum({id(weight): weight.numel() for weight in model.parameters() if id(weight) not in inside}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -116,8 +117,9 @@ def compare(
             whole = len(requests.examples) // count * count
             if not is_sharded(loaded):
                 require_work(whole, len(chunks(whole, own_config)))
+    processes.agree({"cells left to score": [list(cell) for cell in left]})
     refused: dict[str, list[tuple[str, int]]] = {}
-    with folder(out / "cells"):
+    with folder(out / "cells") if processes.is_main() else contextlib.nullcontext():
         for name, count in left:
             chosen, own_config, cell = open_cell(name, count)
             try:

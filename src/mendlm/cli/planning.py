@@ -36,7 +36,7 @@ def show(
     if data:
         sources = [load_edits(source) for source in data]
         formatter = Formatter.of(fake, tokenizer_of(model, revision=revision, from_wheel=from_wheel))
-        held = len(Trunk.below(fake, choose(fake, ())).groups)
+        held = len(Trunk.where_possible(fake, choose(fake, ())).groups)
         content["trunk_cache_bytes"] = states_bytes(fake, formatter, sources) if held == 1 else None
     if json_output:
         common.emit(True, content, "")
