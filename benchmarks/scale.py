@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,8 +28,7 @@ from mendlm import memory
 from mendlm.layers import block_stacks, default_layers
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import fake_model
-from mendlm.plan import Lengths, Plan, plans, step, texts
-from mendlm.text import Formatter
+from mendlm.plan import Lengths, Plan, formatter_of, plans, step, texts
 from mendlm.training import TrainConfig
 
 EDITS = 100_000
@@ -107,8 +105,7 @@ def measure(arguments: Any, device: torch.device, planned: Plan) -> dict[str, An
     """Real steps and edits of the shape."""
     start = rss_gb() if device.type == "cpu" else 0.0
     model = build(SHAPES[arguments.shape](), device, arguments.quantize)
-    ids = {"pad_token_id": 0, "eos_token_id": 0, "model_max_length": 1 << 30}
-    formatter = Formatter.of(model, SimpleNamespace(**ids))
+    formatter = formatter_of(model)
     method = Mend(default_layers(model), MendConfig(rank=arguments.rank)).to(device)
     optimizer = torch.optim.Adam(method.parameters())
     drawn, config = texts(arguments.batch, Lengths(), formatter.family), TrainConfig()

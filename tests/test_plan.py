@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from mendlm.cli import main
 from mendlm.layers import default_layers
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import fake_model, skeleton
-from mendlm.plan import Lengths, Storages, base_bytes, plans, step, texts
+from mendlm.plan import Lengths, Storages, base_bytes, formatter_of, plans, step, texts
 from mendlm.tasks import load_edits
 from mendlm.text import Formatter
 from mendlm.training import TrainConfig, states_bytes
@@ -33,8 +32,7 @@ def test_the_plan_is_what_a_real_step_holds_and_computes(name: str) -> None:
     model = copy.deepcopy(tiny(name)).bfloat16()
     model.config.architectures = [type(model).__name__]  # as in a saved configuration
     expected = plans(fake_model(model.config), rank=RANK, batch_size=BATCH)["bf16"]
-    ids = {"pad_token_id": model.config.pad_token_id, "eos_token_id": 0, "model_max_length": 1 << 30}
-    formatter = Formatter.of(model, SimpleNamespace(**ids))
+    formatter = formatter_of(model)
     method = Mend(default_layers(model), MendConfig(rank=RANK))
     optimizer = torch.optim.Adam(method.parameters())
     drawn = texts(BATCH, Lengths(), formatter.family)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,8 +115,10 @@ def make_differentiable(model: nn.Module) -> None:
 
     With AVX512-BF16, a `Linear4bit` in evaluation mode packs its weight for an inference kernel, for good. That kernel has no
     backward pass: what should flow through the layer is lost, with no more than a warning. Here layers are kept unpacked, or
-    unpacked again; the scales then stay rounded to bf16.
+    unpacked again; the scales then stay rounded to bf16. Costs nothing where bitsandbytes is not in use.
     """
+    if "bitsandbytes" not in sys.modules:
+        return
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

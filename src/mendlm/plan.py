@@ -104,6 +104,12 @@ class Storages(TorchDispatchMode):
         self.now -= size
 
 
+def formatter_of(model: Any) -> Formatter:
+    """A formatter for `texts`, with as much of a tokenizer as token ids need."""
+    ids = {"pad_token_id": model.config.pad_token_id, "eos_token_id": 0, "model_max_length": 1 << 30}
+    return Formatter.of(model, types.SimpleNamespace(**ids))
+
+
 def texts(count: int, lengths: Lengths, family: str) -> list[Drawn]:
     """As many requests of the given lengths, of token ids that mean nothing."""
 
@@ -144,8 +150,7 @@ def plans(
     other forms are computed, and a quantised base de-quantises one matrix at a time.
     """
     specs, lengths = choose(model, patterns), lengths or Lengths()
-    ids = {"pad_token_id": model.config.pad_token_id, "eos_token_id": 0, "model_max_length": 1 << 30}
-    formatter = Formatter.of(model, types.SimpleNamespace(**ids))  # as much of a tokenizer as token ids need
+    formatter = formatter_of(model)
     with fake_mode(model):
         method = Mend(specs, MendConfig(rank=rank))
         optimizer = torch.optim.Adam(method.parameters())

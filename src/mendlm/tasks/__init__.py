@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -66,15 +67,11 @@ def _looks(path: Path, given: Task) -> str:
 
 def _first(task: Task, path: Path) -> int:
     """How many records stand before the first that is one of the task's; `TRIED` where there is none among so many."""
-    try:
+    with contextlib.suppress(RecordError):  # where not even the form of the file is the task's
         for place, (number, record) in enumerate(itertools.islice(task.records(path), TRIED)):
-            try:
+            with contextlib.suppress(RecordError):
                 task.parse(Fields(path, number, record))
-            except RecordError:
-                continue
-            return place
-    except RecordError:
-        pass  # not even the form of the file is the task's
+                return place
     return TRIED
 
 
