@@ -318,6 +318,13 @@ def test_sweep_trains_each_value_as_train_does_and_goes_on_where_it_stopped(
     assert "other settings" in run("sweep", "clip", "1e-4", *common, "--set", "seed=1", "--out", out, fails=True)
 
 
+def test_sweep_over_batches_gives_each_the_same_number_of_requests(run: Command, tmp_path: Path) -> None:
+    run("sweep", "batch_size", "1", "3", *SWEEP, "--requests", 6, "--out", tmp_path / "s")
+    runs = {point: tmp_path / "s" / "runs" / point / "metrics.jsonl" for point in ("1", "3")}
+    assert {point: len(log.read_text().splitlines()) for point, log in runs.items()} == {"1": 6, "3": 2}
+    assert json.loads((tmp_path / "s" / "sweep.json").read_text())["length"] == "6 requests"
+
+
 def test_sweep_over_depth_scores_requests_that_were_held_out(run: Command, tmp_path: Path) -> None:
     how = (*SWEEP, "--steps", 1, "--valid", "records:facts.jsonl", "--out", tmp_path / "s")
     run("sweep", "blocks", "0-1", "3", *how)
@@ -339,6 +346,8 @@ def test_sweep_over_depth_scores_requests_that_were_held_out(run: Command, tmp_p
         (("depth", "3"), "unknown setting 'depth'"),
         (("editor.rank", "0"), "rank must be at least 1"),
         (("clip", "1", "--method", "ft"), "cannot be trained"),
+        (("clip", "1", "--steps", "2", "--requests", "9"), "give one of them"),
+        (("steps", "1", "--requests", "9"), "give one of them"),
     ],
 )
 def test_sweep_refuses(run: Command, tmp_path: Path, what: tuple[str, ...], message: str) -> None:

@@ -279,9 +279,7 @@ def draw_sweep(result: dict[str, Any]) -> bytes:
     cost = scores.twinx()
     cost.bar(points, [1000 * value["seconds_per_edit"] for value in values], alpha=0.2, color="gray")
     cost.set_ylabel("ms a training edit (bars)")
-    scores.set(
-        xlabel=result["sweep"], ylim=(0, 1), title=f"after {result['steps']} steps, {values[0]['count']} requests scored"
-    )
+    scores.set(xlabel=result["sweep"], ylim=(0, 1), title=f"after {result['length']}, {values[0]['count']} requests scored")
     scores.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3)
     for name in ("success", "generality"):
         trade.plot([value["locality"] for value in values], [value[name] for value in values], marker="o", label=name)

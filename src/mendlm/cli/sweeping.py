@@ -26,7 +26,10 @@ def sweep(
     locality: learning.Locality = None,
     config: learning.Config = None,
     settings: learning.Settings = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps of each run.")] = 30,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps of each run (default: 30).")] = None,
+    count: Annotated[
+        int | None, typer.Option("--requests", min=1, help="Requests that each run draws, instead of steps: for batch_size.")
+    ] = None,
     trunk_cache: learning.TrunkCache = None,
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
@@ -52,13 +55,18 @@ def sweep(
     from mendlm.report import write_sweep
     from mendlm.training import TrainConfig
 
+    if count is not None and (steps is not None or key == "steps"):
+        raise InputError("--requests says how long a run is, and so do steps; give one of them")
     kind, config_type = learning.trainable(method)
     blocks = {point: _blocks(point) for point in points} if key == "blocks" else {}
     plans = {}
     for point in points:
-        given = [*(settings or []), f"steps={steps}", *([] if seed is None else [f"seed={seed}"])]
+        given = [*(settings or []), f"steps={steps or 30}", *([] if seed is None else [f"seed={seed}"])]
         editor_values, values = common.read_settings(config, [*given, *([] if blocks else [f"{key}={point}"])])
-        plans[point] = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
+        training = parse_config(TrainConfig, values)
+        if count is not None:
+            training = replace(training, steps=-(-count // training.batch_size))
+        plans[point] = parse_config(config_type, editor_values), training
     requests, unrelated, held_out = learning.texts(data, locality, valid, skip_bad=skip_bad)
     loaded, tokenizer = common.open_model(
         model,
@@ -105,7 +113,8 @@ def sweep(
                 raise typer.Exit(130)
         scored = min(len(held_out.examples), training.valid_examples) if held_out else 0
         found[point] = _scores(run.folder / "metrics.jsonl", min(training.batch_size, len(requests.examples)), scored)
-    result = {"sweep": key, "steps": steps, "requests": requests.name, "valid": valid and held_out and held_out.name, **same}
+    length = f"{count} requests" if count is not None else f"{steps or 30} steps"
+    result = {"sweep": key, "length": length, "requests": requests.name, "valid": valid and held_out and held_out.name, **same}
     if not is_main():
         return
     written = write_sweep({**result, "values": found}, out)
