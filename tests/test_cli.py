@@ -16,10 +16,11 @@ import torch
 from cases import byte_tokenizer, other, tiny
 from mendlm.apply import Edit, applied
 from mendlm.cli import main
-from mendlm.files import read_tensors, sha256
+from mendlm.files import sha256
 from mendlm.layers import default_layers, select
 from mendlm.methods.malmen import Malmen, MalmenConfig
 from mendlm.models import load
+from mendlm.tensors import read_tensors
 from mendlm.text import Formatter
 
 FACTS = [

@@ -33,7 +33,7 @@ from mendlm.checkpoint import Run, load_editor
 from mendlm.cli import app, edits, main
 from mendlm.errors import InputError, LayerError, MendError
 from mendlm.evaluation import EvaluationConfig, Results, evaluate
-from mendlm.files import plain, read_tensors
+from mendlm.files import plain
 from mendlm.layers import default_layers
 from mendlm.methods import method_types
 from mendlm.methods.base import Learned
@@ -41,6 +41,7 @@ from mendlm.methods.finetune import FineTune, FineTuneConfig
 from mendlm.models import identity, load, shard
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.tensors import read_tensors
 from mendlm.text import Formatter, scored_logits
 from mendlm.training import TrainConfig, train
 

@@ -28,10 +28,11 @@ import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer, processors
 
-from mendlm.files import new_folder, write_json, write_tensors
+from mendlm.files import new_folder, write_json
 from mendlm.losses import all_by_row, token_nll
 from mendlm.tasks import load
 from mendlm.tasks.base import chance
+from mendlm.tensors import write_tensors
 from mendlm.text import Formatter, by_length, scored_logits
 
 Pair = tuple[str, str]
