@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from mendlm import adapter
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
 from mendlm.layers import LayerSpec, dequantized, make_differentiable, quantized, spec_of
-from mendlm.lowrank import LowRank, concatenate
+from mendlm.lowrank import LowRank, concatenate, total
 from mendlm.models import device_of, identity
 
 CHANGED_BASE = "changed_base"
@@ -59,17 +59,8 @@ class Edit:
         return replace(self, updates={name: function(update) for name, update in self.updates.items()})
 
     def __add__(self, other: Edit) -> Edit:
-        """Both edits together: rows of both, layer by layer. Of their provenance the sum keeps only `CHANGED_BASE`.
-
-        Raises `InputError` if both hold their method's change of the base.
-        """
-        changed = [edit for edit in (self, other) if edit.about.get(CHANGED_BASE)]
-        if len(changed) > 1:
-            raise InputError("both edits hold their method's change of the base, which must not be made twice; use one of them")
-        names = [*self.updates, *(name for name in other.updates if name not in self.updates)]
-        parts = {name: [e.updates[name] for e in (self, other) if name in e.updates] for name in names}
-        updates = {name: sum(both[1:], start=both[0]) for name, both in parts.items()}
-        return Edit(updates, self.transposed | other.transposed, {CHANGED_BASE: True} if changed else {})
+        """Both edits together, as `stacked`."""
+        return stacked([self, other])
 
     def __mul__(self, factor: float) -> Edit:
         """The edit at another strength."""
@@ -166,8 +157,19 @@ class Edit:
 
 
 def stacked(edits: Sequence[Edit]) -> Edit:
-    """Single edits as one, in their order: the rows of all."""
-    return sum(edits[1:], start=edits[0])
+    """Edits as one: the rows of all, layer by layer, in their order. Of their provenance it keeps only `CHANGED_BASE`.
+
+    Raises `InputError` if more than one holds its method's change of the base.
+    """
+    changed = sum(bool(edit.about.get(CHANGED_BASE)) for edit in edits)
+    if changed > 1:
+        raise InputError(
+            f"{changed} edits hold their method's change of the base, which must not be made twice; use one of them"
+        )
+    names = dict.fromkeys(name for edit in edits for name in edit.updates)
+    updates = {name: total([edit.updates[name] for edit in edits if name in edit.updates]) for name in names}
+    transposed = frozenset[str]().union(*(edit.transposed for edit in edits))
+    return Edit(updates, transposed, {CHANGED_BASE: True} if changed else {})
 
 
 def join(edits: Sequence[Edit]) -> Edit:
