@@ -70,7 +70,8 @@ def test_scale_computes_what_no_device_can_measure(tmp_path: Path) -> None:
 def test_an_editor_is_scored_on_quantised_bases(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    shutil.copy(Path(__file__).parent / "fixtures" / "counterfact-flat.json", tmp_path / "counterfact-dev.json")
+    for task in ("counterfact", "zsre"):
+        shutil.copy(Path(__file__).parent / "fixtures" / f"{task}-flat.json", tmp_path / f"{task}-dev.json")
     save_editor(tmp_path / "editor.safetensors", Mend(default_layers(tiny("llama")), MendConfig(rank=4)), {})
     command = [sys.executable, str(BENCHMARKS / "quantised.py"), "--model", str(tmp_path / "model"), "--device", "cpu"]
     options = ["--data-dir", str(tmp_path), "--editor", str(tmp_path / "editor.safetensors"), "--limit", "2"]
@@ -81,6 +82,7 @@ def test_an_editor_is_scored_on_quantised_bases(tmp_path: Path) -> None:
     assert dense["bytes"] > int8["bytes"] > nf4["bytes"]
     assert [kind["quantization"] for kind in (dense, int8, nf4)] == [None, "int8", "nf4"]
     assert dense["model_sha256"] == nf4["model_sha256"]
+    assert all(kind[task]["success"]["after"] is not None for kind in (dense, int8, nf4) for task in ("counterfact", "zsre"))
 
 
 @pytest.mark.slow
