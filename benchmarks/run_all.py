@@ -96,7 +96,7 @@ def scale_table(found: dict[str, Any]) -> str:
                     f"({result['machine']['device']})"
                 )
             lines.append(
-                f"| {result['shape']} | {result['base']} | {plan['peak_gb']:.1f} | {cards} | {plan['tflop_per_edit']:.2f} "
+                f"| {result['shape']} | {result['base']} | {plan['total'] / 1e9:.1f} | {cards} | {plan['flops'] / 1e12:.2f} "
                 f"| {measured} |"
             )
     return "\n".join(lines) + "\n"
@@ -156,7 +156,7 @@ def picture(found: dict[str, Any], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for base, mark in (("bf16", "o"), ("nf4", "s")):
         rows = sorted(
-            (r["plan"]["tflop_per_edit"], r["plan"]["peak_gb"], r["plan"]["base_gb"], r["shape"])
+            (r["plan"]["flops"] / 1e12, r["plan"]["total"] / 1e9, r["plan"]["base"] / 1e9, r["shape"])
             for name, r in found.items()
             if name.startswith("scale-") and r["base"] == base
         )

@@ -88,17 +88,11 @@ def main() -> None:
     planned = plans(fake_model(SHAPES[arguments.shape]()), rank=arguments.rank, batch_size=arguments.batch)[base]
     result = {
         "shape": arguments.shape, "base": base, "rank": arguments.rank, "batch": arguments.batch,
-        "lengths": asdict(Lengths()), "plan": figures(planned),
+        "lengths": asdict(Lengths()), "plan": planned.figures(),
     }  # fmt: skip
     if not arguments.plan and (device.type == "cuda" or arguments.shape in SMALL):
         result |= measure(arguments, device, planned)
     bench.save(arguments, f"scale-{arguments.shape}{'-nf4' if arguments.quantize else ''}", device, result)
-
-
-def figures(one: Plan) -> dict[str, Any]:
-    """The plan, in GB and in tera operations."""
-    sizes = {f"{name}_gb": size / 1e9 for name, size in asdict(one).items() if not name.endswith("flops")}
-    return {**sizes, "peak_gb": one.total / 1e9, "tflop_per_edit": one.flops / 1e12, "fits_gb": list(one.fits())}
 
 
 def measure(arguments: Any, device: torch.device, planned: Plan) -> dict[str, Any]:
