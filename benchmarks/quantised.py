@@ -2,8 +2,9 @@
 
     python benchmarks/quantised.py --data-dir DIR [--limit 200] [--kinds dense,int8,nf4,torchao-int8]
 
-DIR holds counterfact-dev.json and zsre-dev.json. The editor is the one that was trained on the dense model; success, generality
-and locality are those of `mendlm eval`, free generation among them. Each is given with its 95 % interval.
+DIR holds counterfact-dev.json and zsre-dev.json; without it, requests are made up. The editor is the one trained on the
+dense model; success, generality and locality are those of `mendlm eval`, free generation among them. Each is given with its
+95 % interval. `run_all.py --tables` makes a table of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import bench
 import mendlm
 from mendlm.layers import size
 from mendlm.models import QUANTIZATIONS
-from mendlm.tasks import load_edits
+from mendlm.tasks import Dataset, load_edits
 
 DENSE = "dense"
 TASKS = ("counterfact", "zsre")
@@ -25,20 +26,23 @@ KEPT = (*SCORES, "locality_by_kind", "perplexity", "drawdown_ppl", "unrelated_kl
 
 def main() -> None:
     parser = bench.parser(__doc__)
-    parser.add_argument("--editor", default="starter", help="a run folder whose editor was trained on the dense model")
+    parser.add_argument("--editor", default="starter", help="a run folder of the dense model; 'none' for an untrained editor")
     parser.add_argument("--limit", type=int, default=200, help="edits of each task, the first ones of its file")
     parser.add_argument("--kinds", default=f"{DENSE},int8,nf4", help=f"of {DENSE}, {', '.join(QUANTIZATIONS)}")
     arguments = parser.parse_args()
     if arguments.data_dir is None:
-        parser.error("give --data-dir, the folder of counterfact-dev.json and zsre-dev.json")
-    data = {task: load_edits(f"{task}:{arguments.data_dir / f'{task}-dev.json'}").limited(arguments.limit) for task in TASKS}
+        made = tuple(bench.requests(None, arguments.limit))
+        data = {"made up": Dataset(name="made up", sha256="", examples=made, probes=())}
+    else:
+        paths = {task: arguments.data_dir / f"{task}-dev.json" for task in TASKS}
+        data = {task: load_edits(f"{task}:{path}").limited(arguments.limit) for task, path in paths.items()}
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes the casts of every int8 layer and pass
     found: dict[str, Any] = {}
     for kind in arguments.kinds.split(","):
         model, tokenizer = mendlm.load(
             arguments.model, device=arguments.device, dtype=arguments.dtype, quantize=None if kind == DENSE else kind
         )
-        method = mendlm.Editor.load(arguments.editor, model, tokenizer).method
+        method = bench.editor_of(arguments.editor, model, tokenizer).method
         parameters, taken = size(model)
         found[kind] = {"parameters": parameters, "bytes": taken}
         for task, requests in data.items():
@@ -55,13 +59,6 @@ def main() -> None:
             found[kind][task] = {name: summary[name] for name in KEPT}
     described = {task: {"sha256": requests.sha256, "count": len(requests.examples)} for task, requests in data.items()}
     bench.save(arguments, "quantised", model.device, {"data": described, "kinds": found})
-    print("\n| weights | MB | edits of | " + " | ".join(SCORES) + " | edit, ms (p50) |")
-    print("|---" * (len(SCORES) + 4) + "|")
-    for kind, row in found.items():
-        for task in TASKS:
-            scores = [f"{row[task][s]['after']:.3f} ({row[task][s]['low']:.3f} to {row[task][s]['high']:.3f})" for s in SCORES]
-            cells = [kind, f"{row['bytes'] / 2**20:.0f}", task, *scores, f"{row[task]['edit_ms']['p50']:.0f}"]
-            print("|", " | ".join(cells), "|")
 
 
 def progress(kind: str) -> Any:
