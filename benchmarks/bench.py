@@ -21,6 +21,7 @@ import transformers
 
 import mendlm
 from mendlm.checkpoint import load_editor
+from mendlm.cli.edits import CHUNK
 from mendlm.editor import editor_file
 from mendlm.files import write_json
 from mendlm.layers import LayerSpec, select
@@ -83,6 +84,24 @@ def requests(data_dir: Path | None, count: int) -> list[EditExample]:
         )
 
     return [one() for _ in range(count)]
+
+
+def numbers(words: str) -> list[int]:
+    """Numbers with commas between them."""
+    return [int(word) for word in words.split(",")]
+
+
+def edit_all(editor: mendlm.Editor, some: Sequence[EditExample]) -> None:
+    """Make so many edits in chunks, as `mendlm edit --data` does, and keep none."""
+    for start in range(0, len(some), CHUNK):
+        editor.edit_many(some[start : start + CHUNK])
+
+
+def editor_of(name: str, model: Any, tokenizer: Any) -> mendlm.Editor:
+    """A trained editor, as `Editor.load` finds it; for `none` an untrained one of the default layers."""
+    if name == "none":
+        return mendlm.Editor(editor_for(model, None)[0], model, tokenizer)
+    return mendlm.Editor.load(name, model, tokenizer)
 
 
 def editor_for(model: Any, blocks: Sequence[int] | str | None, rank: int = 256) -> tuple[Mend, list[LayerSpec]]:

@@ -1,9 +1,10 @@
-"""Run every benchmark, gather what they found in one file, and put it into docs/performance.md as tables and pictures.
+"""Run every benchmark, gather what they found in one file, and put it into the pages of docs/ as tables and pictures.
 
-    python benchmarks/run_all.py [--data-dir DIR] [--only floor training ...] [--tables]
+    python benchmarks/run_all.py [--data-dir DIR] [--only floor training ...] [--tables | --toy]
 
 Each script runs in a process of its own and writes its own JSON; `benchmarks/results/all-KIND.json` holds them together. With
-`--tables` nothing runs: tables and pictures are made again from the files. Takes some 20 minutes on 2 cores.
+`--tables` nothing runs: tables and pictures are made again from the files. With `--toy` all run in the smallest sizes, which
+says nothing but that they run; give it a tiny model, and a copy of docs/ by `--docs`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,25 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+MEASURED = ("20m", "60m", "100m", "270m")
+"""Shapes that any device measures, for what grows with the model's size."""
 SHAPES = ("1b", "7b", "t5-11b", "13b", "20b")
-SCRIPTS = ("floor", "training", "editing", "replay", "memory", "startup", "applying")
+TOY_SHAPES = ("toy", "toy-t5")
+SMALL_EDITOR = ("--rank", "256", "--batch", "16")
+"""The editor and the batch of the measured shapes; the large ones have the paper's rank."""
+TOY: dict[str, tuple[str, ...]] = {
+    "floor": ("--batch", "4"),
+    "training": ("--batch", "8", "--oracle-edits", "2"),
+    "editing": ("--editor", "none", "--requests", "8"),
+    "batches": ("--sizes", "1,4", "--counts", "2,4"),
+    "replay": ("--texts", "4"),
+    "memory": ("--batch", "4"),
+    "startup": ("--no-demo",),
+    "applying": ("--tokens", "4"),
+    "quantised": ("--editor", "none", "--limit", "2"),
+    "scale": ("--rank", "8", "--batch", "4", "--steps", "1", "--edits", "2"),
+}
+"""Every script, and its options for `--toy`."""
 
 
 def main() -> None:
@@ -28,26 +45,37 @@ def main() -> None:
     parser.add_argument("--model", default="starter")
     parser.add_argument("--device", default=None)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=[*SCRIPTS, "scale"], default=[*SCRIPTS, "scale"])
-    parser.add_argument("--tables", action="store_true", help="run nothing")
+    parser.add_argument("--only", nargs="+", choices=TOY, default=list(TOY))
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--tables", action="store_true", help="run nothing")
+    how.add_argument("--toy", action="store_true", help="the smallest sizes")
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
     arguments = parser.parse_args()
     common = ["--out", str(arguments.out), *(["--device", arguments.device] if arguments.device else [])]
     for name in () if arguments.tables else arguments.only:
+        toy = TOY[name] if arguments.toy else ()
         if name == "scale":
-            for more in ([], ["--quantize", "nf4"]):
-                for shape in SHAPES:
-                    run("scale", "--shape", shape, *common, *more, check=False)  # one may not fit
+            run_shapes([*common, *toy], toy=arguments.toy)
             continue
         data = ["--data-dir", str(arguments.data_dir)] if arguments.data_dir and name not in ("startup", "replay") else []
-        run(name, "--model", arguments.model, "--rounds", str(arguments.rounds), *common, *data)
+        rounds = "1" if arguments.toy else str(arguments.rounds)
+        run(name, "--model", arguments.model, "--rounds", rounds, *common, *data, *toy)
     kind = "cuda" if (arguments.device or default_device()).startswith("cuda") else "cpu"
     found = {path.stem.removesuffix(f"-{kind}"): json.loads(path.read_text()) for path in _results(arguments.out, kind)}
     if not found:
         raise SystemExit(f"{arguments.out} holds no results of the kind '{kind}'; run the benchmarks first, or name --device")
     (arguments.out / f"all-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
-    publish(found, arguments.page)
+    publish(found, arguments.docs)
+
+
+def run_shapes(options: list[str], *, toy: bool) -> None:
+    """All shapes, in bf16, the large ones in NF4 too."""
+    for shape in () if toy else MEASURED:
+        run("scale", "--shape", shape, *options, *SMALL_EDITOR)
+    for more in ([], ["--quantize", "nf4"]):
+        for shape in TOY_SHAPES if toy else SHAPES:
+            run("scale", "--shape", shape, *options, *more, check=toy)  # a large one may not fit
 
 
 def default_device() -> str:
@@ -62,21 +90,27 @@ def run(name: str, *options: str, check: bool = True) -> None:
 
 
 def _results(folder: Path, kind: str) -> list[Path]:
-    names = [*SCRIPTS, *(f"scale-{shape}{form}" for shape in SHAPES for form in ("", "-nf4"))]
+    shapes = (f"scale-{shape}{form}" for shape in (*TOY_SHAPES, *MEASURED, *SHAPES) for form in ("", "-nf4"))
+    names = [*(name for name in TOY if name != "scale"), *shapes]
     return [path for name in names if (path := folder / f"{name}-{kind}.json").is_file()]
 
 
-def publish(found: dict[str, Any], page: Path) -> None:
-    """Replace what stands between a page's marks `<!-- name -->` and `<!-- end -->` by tables of the results."""
-    text = page.read_text(encoding="utf-8")
-    tables: dict[str, Callable[[dict[str, Any]], str]] = {"scale": scale_table, "floor": floor_table, "claims": claims_table}
-    for name, table in tables.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->\n")
-        if mark:
-            text = before + mark + table(found) + "<!-- end -->" + rest.partition("<!-- end -->")[2]
-    page.write_text(text, encoding="utf-8")
-    if any(name.startswith("scale-") for name in found):
-        picture(found, page.parent / "images" / "performance-scale.png")
+def publish(found: dict[str, Any], docs: Path) -> None:
+    """Replace what stands between the pages' marks `<!-- name -->` and `<!-- end -->` by tables of the results, and draw."""
+    for page in (docs / "performance.md", docs / "results.md"):
+        text = page.read_text(encoding="utf-8")
+        for name, table in TABLES.items():
+            before, mark, rest = text.partition(f"<!-- {name} -->\n")
+            rows = table(found)
+            if mark and rows:
+                text = before + mark + rows + "<!-- end -->" + rest.partition("<!-- end -->")[2]
+        page.write_text(text, encoding="utf-8")
+    for name, picture in PICTURES.items():
+        figure = picture(found)
+        if figure is not None:
+            path = docs / "images" / f"performance-{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def scale_table(found: dict[str, Any]) -> str:
@@ -86,7 +120,7 @@ def scale_table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, result in found.items():
-        if name.startswith("scale-"):
+        if name.startswith("scale-") and result["shape"] not in MEASURED:
             plan, cards = result["plan"], ", ".join(f"{card}" for card in result["plan"]["fits_gb"]) or "none of 16 to 80"
             measured = "computed only"
             if "peak_gb" in result:
@@ -96,9 +130,47 @@ def scale_table(found: dict[str, Any]) -> str:
                     f"({result['machine']['device']})"
                 )
             lines.append(
-                f"| {result['shape']} | {result['base']} | {plan['peak_gb']:.1f} | {cards} | {plan['tflop_per_edit']:.2f} "
+                f"| {result['shape']} | {result['base']} | {plan['total'] / 1e9:.1f} | {cards} | {plan['flops'] / 1e12:.2f} "
                 f"| {measured} |"
             )
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def sizes_table(found: dict[str, Any]) -> str:
+    """The shapes that were measured here."""
+    lines = [
+        "| shape | base weights, MB | seconds a step | edits per second | peak memory, MB | the plan's | one edit, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in measured(found):
+        plan, step = result["plan"], result["seconds_per_step"]["median"]
+        lines.append(
+            f"| {result['shape']} | {plan['base'] / 1e6:,.0f} | {step:.2f} | {result['edits_per_second']:.2f} "
+            f"| {1000 * result['peak_gb']:,.0f} | {plan['total'] / 1e6:,.0f} | {result['edit_ms']['p50']:.0f} |"
+        )
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def measured(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of `MEASURED` shapes, and of toys."""
+    return [found[f"scale-{shape}"] for shape in ("toy", *MEASURED) if f"scale-{shape}" in found]
+
+
+def quantised_table(found: dict[str, Any]) -> str:
+    """One editor's quality by the form of its base."""
+    if "quantised" not in found:
+        return ""
+    names = ("success", "generality", "locality", "success_generated", "generality_generated")
+    lines = [
+        f"| weights | MB | edits of | {' | '.join(name.replace('_', ', ') for name in names)} | edit, ms (p50) |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    tasks = found["quantised"]["data"]
+    for kind, row in found["quantised"]["kinds"].items():
+        for task in tasks:
+            scores = [f"{row[task][n]['after']:.3f} ({row[task][n]['low']:.3f} to {row[task][n]['high']:.3f})" for n in names]
+            cells = [kind, f"{row['bytes'] / 2**20:.0f}", task, *scores, f"{row[task]['edit_ms']['p50']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -125,6 +197,7 @@ CLAIMS: tuple[tuple[str, str, str, str], ...] = (
     ("training", "shipped blocks.ratio", "training step over the oracle, shipped blocks", ""),
     ("editing", "edit_over_floor", "one edit over one forward and one backward pass", "at most 1.5"),
     ("editing", "one_by_one_over_edit_many", "edits one by one over `edit_many`, per edit", "2 (2.5 for 1,000)"),
+    ("batches", "tenfold", "seconds for 1,000 edits over those for 100", "about 10"),
     ("replay", "ratio", "a replayed pass over a full one, last 3 of 30 blocks", "at most 0.2"),
     ("memory", "peak_over_floor", "peak memory of training over base, editor state and one batch's activations", ""),
     ("memory", "oracle_over_floor", "the oracle's peak over the same", ""),
@@ -143,37 +216,93 @@ def claims_table(found: dict[str, Any]) -> str:
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             lines.append(f"| {what} | {value:.3g} | {bar} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
-def picture(found: dict[str, Any], path: Path) -> None:
-    """Memory and operations over the size of the model."""
+def drawing(panels: int) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    return pyplot.subplots(1, panels, figsize=(5.5 * panels, 4), layout="constrained")
+
+
+def scale_picture(found: dict[str, Any]) -> Any:
+    """Memory and operations over the size of the model, computed."""
+    large = [result for name, result in found.items() if name.startswith("scale-") and result["shape"] not in MEASURED]
+    if not large:
+        return None
+    figure, (left, right) = drawing(2)
     for base, mark in (("bf16", "o"), ("nf4", "s")):
-        rows = sorted(
-            (r["plan"]["tflop_per_edit"], r["plan"]["peak_gb"], r["plan"]["base_gb"], r["shape"])
-            for name, r in found.items()
-            if name.startswith("scale-") and r["base"] == base
+        plans = sorted(
+            (r["plan"]["flops"], r["plan"]["total"], r["plan"]["base"], r["shape"]) for r in large if r["base"] == base
         )
-        shapes = [row[3] for row in rows]
-        (line,) = left.plot(shapes, [row[1] for row in rows], mark + "-", label=f"training, base in {base}")
-        left.plot(shapes, [row[2] for row in rows], mark + ":", color=line.get_color(), label=f"its base alone, {base}")
+        shapes = [row[3] for row in plans]
+        (line,) = left.plot(shapes, [row[1] / 1e9 for row in plans], mark + "-", label=f"training, base in {base}")
+        left.plot(shapes, [row[2] / 1e9 for row in plans], mark + ":", color=line.get_color(), label=f"its base alone, {base}")
         if base == "bf16":
-            right.plot(shapes, [row[0] for row in rows], mark + "-")
+            right.plot(shapes, [row[0] / 1e12 for row in plans], mark + "-")
     for card in (16, 24, 48, 80):
         left.axhline(card, color="0.85", linewidth=1, zorder=0)
         left.text(0, card, f"{card} GB", fontsize=8, color="0.5", va="bottom")
     left.set(title="memory of training, computed", ylabel="GB")
     left.legend(fontsize=8)
     right.set(title="operations of one training request", ylabel="tera operations", yscale="log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    return figure
+
+
+def sizes_picture(found: dict[str, Any]) -> Any:
+    """Time and memory over the size of the model, measured."""
+    rows = measured(found)
+    if not rows:
+        return None
+    figure, (left, right) = drawing(2)
+    size = [row["plan"]["base"] / 1e6 for row in rows]
+    left.plot(size, [1000 / row["edits_per_second"] for row in rows], "o-", label="a training request")
+    left.plot(size, [row["edit_ms"]["p50"] for row in rows], "s-", label="one edit")
+    left.set(title="time, measured", ylabel="ms")
+    right.plot(size, [1000 * row["peak_gb"] for row in rows], "o-", label="peak of training, measured")
+    right.plot(size, [row["plan"]["total"] / 1e6 for row in rows], "s:", label="as the plan computes it")
+    right.plot(size, size, ":", color="0.6", label="the base alone")
+    right.set(title="memory", ylabel="MB")
+    for side in (left, right):
+        side.set(xlabel="weights of the base in bf16, MB", xscale="log", yscale="log")
+        side.legend(fontsize=8)
+    return figure
+
+
+def batches_picture(found: dict[str, Any]) -> Any:
+    """Edits per second over the size of a batch, and seconds over the number of edits."""
+    if "batches" not in found:
+        return None
+    figure, (left, right) = drawing(2)
+    for key, label in (("edits_per_second", "edits made"), ("training_edits_per_second", "requests trained on")):
+        rates = found["batches"][key]
+        left.plot([int(size) for size in rates], list(rates.values()), "o-", label=label)
+    left.set(title="edits per second", xlabel="requests a batch", xscale="log", yscale="log")
+    left.legend(fontsize=8)
+    seconds = {int(count): value for count, value in found["batches"]["seconds_for_edits"].items()}
+    least, most = min(seconds), max(seconds)
+    right.plot(list(seconds), list(seconds.values()), "o-", label="measured")
+    right.plot([least, most], [seconds[least], seconds[least] * most / least], ":", color="0.6", label="in proportion")
+    right.set(title="seconds as edits grow tenfold", xlabel="edits", xscale="log", yscale="log")
+    right.legend(fontsize=8)
+    return figure
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "scale": scale_table,
+    "sizes": sizes_table,
+    "floor": floor_table,
+    "claims": claims_table,
+    "quantised": quantised_table,
+}
+PICTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "scale": scale_picture,
+    "sizes": sizes_picture,
+    "batches": batches_picture,
+}
 
 
 if __name__ == "__main__":

@@ -55,14 +55,17 @@ def neox(width: int, inner: int, blocks: int, heads: int, vocab: int = 50_432) -
 SHAPES = {
     "toy": lambda: llama(64, 128, 6, 4, 512),
     "toy-t5": lambda: t5(64, 128, 4, 4, 512),
+    "20m": lambda: llama(256, 688, 6, 4),
+    "60m": lambda: llama(512, 1376, 8, 8),
     "100m": lambda: llama(768, 2048, 12, 12),
+    "270m": lambda: llama(1024, 2816, 16, 16),
     "1b": lambda: llama(2048, 8192, 16, 32, 128_256, num_key_value_heads=8),  # Llama 3.2 1B
     "7b": lambda: llama(4096, 11_008, 32, 32),  # Llama 2 7B
     "t5-11b": lambda: t5(4096, 10_240, 24, 64),  # T5 1.1 XXL
     "13b": lambda: llama(5120, 13_824, 40, 40),  # Llama 2 13B
     "20b": lambda: neox(6144, 24_576, 44, 64),  # GPT-NeoX 20B
 }
-SMALL = ("toy", "toy-t5", "100m")
+SMALL = ("toy", "toy-t5", "20m", "60m", "100m", "270m")
 """What a CPU measures in minutes."""
 LARGE = ("7b", "t5-11b", "13b", "20b")
 
@@ -88,17 +91,11 @@ def main() -> None:
     planned = plans(fake_model(SHAPES[arguments.shape]()), rank=arguments.rank, batch_size=arguments.batch)[base]
     result = {
         "shape": arguments.shape, "base": base, "rank": arguments.rank, "batch": arguments.batch,
-        "lengths": asdict(Lengths()), "plan": figures(planned),
+        "lengths": asdict(Lengths()), "plan": planned.figures(),
     }  # fmt: skip
     if not arguments.plan and (device.type == "cuda" or arguments.shape in SMALL):
         result |= measure(arguments, device, planned)
     bench.save(arguments, f"scale-{arguments.shape}{'-nf4' if arguments.quantize else ''}", device, result)
-
-
-def figures(one: Plan) -> dict[str, Any]:
-    """The plan, in GB and in tera operations."""
-    sizes = {f"{name}_gb": size / 1e9 for name, size in asdict(one).items() if not name.endswith("flops")}
-    return {**sizes, "peak_gb": one.total / 1e9, "tflop_per_edit": one.flops / 1e12, "fits_gb": list(one.fits())}
 
 
 def measure(arguments: Any, device: torch.device, planned: Plan) -> dict[str, Any]:

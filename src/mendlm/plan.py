@@ -11,7 +11,7 @@ from __future__ import annotations
 import types
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from mendlm.layers import block_stacks, choose
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.replay import Trunk
 from mendlm.text import Encoded, Formatter
-from mendlm.training import Drawn, TrainConfig, outer_loss
+from mendlm.training import Drawn, TrainConfig, descend
 
 CARDS = (16, 24, 48, 80)
 """Sizes of cards that a plan is held against, in GB of 10^9 bytes."""
@@ -70,6 +70,10 @@ class Plan:
     def fits(self) -> tuple[int, ...]:
         """The cards of `CARDS` that hold it, with a tenth left for the allocator and the library's own needs."""
         return tuple(card for card in CARDS if self.total <= 0.9 * card * 1e9)
+
+    def figures(self) -> dict[str, Any]:
+        """All of it, as results files and `--json` have it: bytes, operations, and cards in GB."""
+        return {**asdict(self), "total": self.total, "fits_gb": list(self.fits())}
 
 
 class Storages(TorchDispatchMode):
@@ -130,10 +134,7 @@ def step(
     config: TrainConfig,
 ) -> None:
     """One training step, as `mendlm.train` makes it, of texts that are drawn already."""
-    optimizer.zero_grad()
-    loss, _ = outer_loss(method, model, formatter, Trunk.where_possible(model, method.specs), drawn, config)
-    (loss / len(drawn)).backward()
-    optimizer.step()
+    descend(method, model, formatter, Trunk.where_possible(model, method.specs), optimizer, drawn, config, len(drawn))
 
 
 def plans(

@@ -251,6 +251,30 @@ def outer_loss(
     return total + (linear - linear.detach()), {"loss": total, **sums}
 
 
+def descend(
+    method: Learned,
+    model: Any,
+    formatter: Formatter,
+    trunk: Trunk | TrunkCache,
+    optimizer: torch.optim.Optimizer,
+    drawn: Sequence[Drawn],
+    config: TrainConfig,
+    count: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step on the outer loss of `count` requests, `drawn` being this process's share of them.
+
+    Gives the sums of what is worth watching, and the gradient's norm before it was clipped.
+    """
+    optimizer.zero_grad()  # before the passes: the last step's gradients need not live beside them
+    loss, sums = outer_loss(method, model, formatter, trunk, drawn, config)
+    (loss / count).backward()
+    for parameter in method.parameters() if processes.count() > 1 else ():
+        parameter.grad = processes.total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(method.parameters(), config.clip)
+    optimizer.step()
+    return sums, norm
+
+
 def _tensors(*edits: Edit | None) -> list[Tensor]:
     return [tensor for edit in edits if edit is not None for tensor in edit.tensors()]
 
@@ -363,13 +387,16 @@ class Trainer:
             assert rate is not None
             group["lr"] = rate * factor
         drawn = self._drawn(self.batch(self.step), f"step/{self.step}")
-        self.optimizer.zero_grad()  # before the passes: the last step's gradients need not live beside them
-        loss, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, self._mine(drawn), self.config)
-        (loss / (len(drawn) * self.copies)).backward()
-        for parameter in self.method.parameters() if processes.count() > 1 else ():
-            parameter.grad = processes.total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.method.parameters(), self.config.clip)
-        self.optimizer.step()
+        sums, norm = descend(
+            self.method,
+            self.model,
+            self.formatter,
+            self.trunk,
+            self.optimizer,
+            self._mine(drawn),
+            self.config,
+            len(drawn) * self.copies,
+        )
         self.step += 1
         return {**self._mean(sums, len(drawn)), "gradient_norm": norm}
 

@@ -299,8 +299,6 @@ def inspect(
             "editor_rank": rank,
             "editor_bytes": editor,
             "edit_memory_bytes": base + editor + rows,
-            # the editor with its gradient and Adam's two moments, and a batch of 64 such edits kept for the backward pass
-            "train_memory_bytes": base + 4 * editor + 64 * 4 * rows,
         }
     if json_output:
         common.emit(True, content, "")
@@ -329,6 +327,5 @@ def inspect(
         "default layers: "
         + ", ".join(content["default"])
         + f"\neditor of rank {rank}: {content['editor_bytes'] / mb:.1f} MB in float32"
-        + f"\nestimated memory: {content['edit_memory_bytes'] / mb:.0f} MB to edit, "
-        + f"{content['train_memory_bytes'] / mb:.0f} MB to train in batches of 64 short requests",
+        + f"\nestimated memory: {content['edit_memory_bytes'] / mb:.0f} MB to edit; what training takes says --plan",
     )

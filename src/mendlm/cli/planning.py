@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def show(
         "blocks": {name: len(blocks) for name, blocks in block_stacks(fake).items()},
         "editor_rank": rank,
         "batch_size": batch_size,
-        "plans": {base: {**asdict(one), "total": one.total, "fits_gb": list(one.fits())} for base, one in found.items()},
+        "plans": {base: one.figures() for base, one in found.items()},
     }
     if data:
         sources = [load_edits(source) for source in data]
