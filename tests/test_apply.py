@@ -214,7 +214,7 @@ def test_routing_that_cannot_be_meant_is_refused(routing, says, few, monkeypatch
 @pytest.mark.parametrize("few", [0, 4])
 def test_indices_on_a_device_are_not_read_and_those_beyond_the_edits_fail_there(few, monkeypatch):
     monkeypatch.setattr("mendlm.apply.FEW", few)
-    model, _, edits = setting("llama", 2)
+    _, _, edits = setting("llama", 2)
     require_indices(torch.empty(2, dtype=torch.long, device="meta"), 2)  # a number of "meta" cannot be read
     for update in edits.updates.values():
         with pytest.raises(IndexError):

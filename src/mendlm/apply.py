@@ -252,8 +252,9 @@ def applied(model: nn.Module, edit: Edit, routing: Tensor | None = None) -> Iter
     does not fit; indices are checked if they are on the CPU, from where they may serve a model on any device.
     """
     modules = {name: _layer(model, name, update) for name, update in edit.updates.items()}
-    for update in edit.updates.values() if routing is not None else ():
-        _require_routing(routing, update)
+    if routing is not None:
+        for update in edit.updates.values():
+            _require_routing(routing, update)
     make_differentiable(model)
 
     def hook_for(gain: Callable[[Tensor], Tensor], rows: Tensor) -> Any:
