@@ -486,6 +486,14 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--from run has a rank already"],
     ),
     "no memory": (["train", "--data", "records:facts.jsonl", "--editor-memory", "nan"], ["positive number of GB", "nan"]),
+    "nothing to watch": (
+        ["eval", "--method", "ft-kl", "--data", "records:facts.jsonl"],
+        ["none of the first 3 of a source", "more texts than that (none was given)"],
+    ),
+    "too little to watch": (
+        ["eval", "--method", "ft-kl", "--data", "records:facts.jsonl", "--locality", "records:facts.jsonl"],
+        ["none of the first 3 of a source", "more texts than that (records:facts.jsonl has 3)"],
+    ),
     "device": (["eval", "--data", "records:facts.jsonl", "--device", "nope"], ["'nope'", "this machine has cpu"]),
     "plain text": (["eval", "--data", "records:text.txt"], ["text.txt", "text:text.txt"]),
     "task": (["train", "--data", "facts.jsonl"], ["TASK:PATH", "counterfact"]),
