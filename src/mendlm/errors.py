@@ -7,6 +7,7 @@
     ├── ModelError            a model that cannot be fetched, loaded or used as asked
     ├── FormatError           a file of ours that is missing, corrupt, or made for something else
     ├── StorageError          a file or folder that cannot be written: a full disk, no permission  (also an OSError)
+    ├── GateError             an edit that failed its gate and was refused; `checks` says what was asked and answered
     ├── NumericalError        NaN or infinity where a finite number is needed
     └── MissingPackageError   an optional package; names the extra that brings it  (also an ImportError)
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 
 class MendError(Exception):
@@ -50,6 +52,14 @@ class FormatError(MendError):
 
 class StorageError(MendError, OSError):
     """A file or folder that cannot be written: a full disk, no permission."""
+
+
+class GateError(MendError):
+    """An edit that failed its gate and was refused."""
+
+    def __init__(self, message: str, checks: tuple[Any, ...]) -> None:
+        super().__init__(message)
+        self.checks = checks
 
 
 class NumericalError(MendError):

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import filelock
 
@@ -48,20 +48,40 @@ def folder(path: Path) -> Iterator[None]:
                 one.rmdir()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing. Raises `StorageError` where the disk is full or the folder cannot be written."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill that becomes `path` when the block ends well, on the disk for good; on an error nothing is left.
+
+    Raises `StorageError` where the disk is full or the folder cannot be written.
+    """
     with storing(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
-                os.fsync(file.fileno())
                 os.fchmod(file.fileno(), 0o644)
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+        sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing, as `writing`."""
+    with writing(path) as file:
+        file.write(content)
+
+
+def sync(folder: Path) -> None:
+    """See a folder's list of names to the disk: a file renamed into it is then there after a power cut, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,80 +1,297 @@
-"""`Session`: one running model with its editor and the stack of edits that is on it, in memory."""
+"""`Session`: one running model with its editor, its gate and its journal of edits."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import itertools
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mendlm.adapter import fingerprint
 from mendlm.apply import Edit, applied, stacked
 from mendlm.editor import Editor
-from mendlm.errors import InputError
-from mendlm.models import STARTER, load
+from mendlm.errors import GateError, InputError
+from mendlm.gate import Checks, Gate, OnFail, ask, judge, load_guards, questions
+from mendlm.models import STARTER, base_of, device_of, load
+from mendlm.store import Record, Store
+from mendlm.tasks import EditExample, Probe
+from mendlm.tasks.base import is_question
 from mendlm.text import Formatter
 
 
-class Session:
-    """A model, its editor and its stack of edits. Undoing an edit removes its rows and nothing else.
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """An edit as it was tried on: what the gate saw, which active edits it would replace, and what it took."""
 
-    One thread owns a session, since hooks belong to the process.
+    edit: Edit
+    checks: Checks
+    replaces: tuple[str, ...]
+    """Active edits of the same prompt, by id: they give way to this one."""
+    milliseconds: float
+    """Making the edit, without the gate."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a service sends it; `norms` are the Frobenius norms of the change, by layer."""
+        norms = {name: update.norm().item() for name, update in self.edit.updates.items()}
+        return {**self.checks.to_json(), "replaces": list(self.replaces), "norms": norms, "milliseconds": self.milliseconds}
+
+
+@dataclass(frozen=True, eq=False)
+class Made(Trial):
+    """An edit that is in the journal and active, by its `id`."""
+
+    id: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a service sends it."""
+        return {"id": self.id, **super().to_json()}
+
+
+class Session:
+    """A model, its editor, and a journal of edits whose active ones it runs under.
+
+    Undoing an edit removes its rows and nothing else. The active edits are one stacked `LowRank` a layer, so that an answer
+    costs the same calls whatever their number; with `rank`, the stack is compressed to so many rows, always from the originals.
+    What another process writes into the store takes effect with the next call. One thread owns a session, since hooks belong to
+    the process.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, editor: Editor | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        editor: Editor | None = None,
+        *,
+        store: Store | None = None,
+        gate: Gate | None = None,
+        rank: int | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.editor = model, tokenizer, editor
-        self._stack: dict[str, Edit] = {}
+        self.store = store or Store.memory(base_of(model))
+        self.gate, self.rank = gate or Gate(), rank
+        self.formatter = Formatter.of(model, tokenizer)
+        self._read = functools.lru_cache(maxsize=4096)(self._read_edit)
+        self._fused = functools.lru_cache(maxsize=8)(self._fuse)
+        with applied(model, self.active) if self.active else nullcontext():  # raises if the model lacks the layers
+            pass
 
     @classmethod
-    def open(cls, source: str | Path = STARTER, *, editor: str | Path | None = None, **options: Any) -> Session:
-        """Load a model (`options` as in `mendlm.load`) and its editor; the starter model has its own."""
+    def open(
+        cls,
+        source: str | Path = STARTER,
+        *,
+        editor: str | Path | None = None,
+        store: str | Path | None = None,
+        guards: str | Path | None = None,
+        gate: Gate | None = None,
+        rank: int | None = None,
+        **options: Any,
+    ) -> Session:
+        """Load a model (`options` as in `mendlm.load`), its editor, its store (a folder, made if there is none) and its guards.
+
+        The starter model has its own editor. Opened again, a store gives the very model that it was left with: the same logits
+        to the bit. Raises `FormatError` for a store of another base model.
+        """
+        gate = gate or Gate()
+        if guards is not None:
+            gate = replace(gate, guards=(*gate.guards, *load_guards(guards)))
         model, tokenizer = load(source, **options)
         wanted = STARTER if editor is None and str(source) == STARTER else editor
-        return cls(model, tokenizer, Editor.load(wanted, model, tokenizer) if wanted is not None else None)
+        opened = Store.open(Path(store), base_of(model)) if store is not None else None
+        loaded = Editor.load(wanted, model, tokenizer) if wanted is not None else None
+        return cls(model, tokenizer, loaded, store=opened, gate=gate, rank=rank)
+
+    # The stack
 
     @property
     def edits(self) -> dict[str, Edit]:
         """The active edits by id, oldest first."""
-        return dict(self._stack)
+        return {record.id: self._read(record.id) for record in self.store.active()}
 
     @property
     def active(self) -> Edit | None:
-        """The whole stack as one edit: the rows of all, in order."""
-        return stacked(list(self._stack.values())) if self._stack else None
+        """The active edits as one: the rows of all, in the journal's order."""
+        return self.stack(None)
 
-    def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False, on_base: bool = False) -> str:
-        """Make an edit and put it on the stack; returns its id. Errors leave the stack as it was.
+    @property
+    def lost(self) -> dict[str, float]:
+        """By layer, the share of the active stack's norm (0 to 1) that its compression to `rank` rows loses."""
+        if self.rank is None or not self.edits:
+            return {}
+        whole = stacked(list(self.edits.values()))
+        return {n: u.compress(self.rank)[1].item() if u.rows > self.rank else 0.0 for n, u in whole.updates.items()}
 
-        It is recorded under the active edits, and remembers them; with `on_base`, as if there were none.
+    def stack(self, ids: Sequence[str] | None) -> Edit | None:
+        """The edits of these ids, whatever their state, as one; None for none of them. Without ids, the active ones."""
+        chosen = self.store.active() if ids is None else [self.store.record(one) for one in dict.fromkeys(ids)]
+        chosen = sorted({record.number: record for record in chosen}.values(), key=lambda record: record.number)
+        return self._fused(tuple(record.id for record in chosen)) if chosen else None
+
+    def _read_edit(self, name: str) -> Edit:
+        return Edit.from_bytes(self.store.content(name)).to(device_of(self.model))
+
+    def _fuse(self, names: tuple[str, ...]) -> Edit:
+        whole = stacked([self._read(name) for name in names])
+        if self.rank is None:
+            return whole
+        rank = self.rank
+        small = {n: u.compress(rank)[0] if u.rows > rank else u for n, u in whole.updates.items()}
+        return replace(whole, updates=small)
+
+    # Edits
+
+    def edit(
+        self,
+        prompt: str,
+        target: str,
+        *,
+        rephrasings: Sequence[str] = (),
+        unrelated: Sequence[Probe | str] = (),
+        scale: float = 1.0,
+        chat: bool = False,
+        on_base: bool = False,
+        on_fail: OnFail | None = None,
+        author: str = "",
+        reason: str = "",
+    ) -> Made:
+        """Make an edit, ask its gate, and write it into the journal as active: `edit_many` of one.
+
+        An active edit of the same prompt gives way to it (`Made.replaces`). Errors leave everything as it was.
         """
+        how: dict[str, Any] = {"scale": scale, "chat": chat, "on_base": on_base, "on_fail": on_fail}
+        return self.edit_many([request(prompt, target, rephrasings, unrelated)], **how, author=author, reason=reason)[0]
+
+    def edit_many(
+        self,
+        requests: Sequence[EditExample | tuple[str, str]],
+        *,
+        scale: float = 1.0,
+        chat: bool = False,
+        on_base: bool = False,
+        on_fail: OnFail | None = None,
+        author: str = "",
+        reason: str = "",
+    ) -> list[Made]:
+        """Independent edits, made in batches and judged together, each under all of them. All become active, or none.
+
+        `scale` multiplies the edits; `chat` poses the prompts as chat turns. They are recorded under the active edits, and
+        remember them; with `on_base`, as if there were none. `on_fail` is the gate's, or another. Raises `GateError` if the
+        gate refuses.
+        """
+        examples = [one if isinstance(one, EditExample) else request(*one) for one in requests]
+        on_fail = on_fail or self.gate.on_fail
+        strengths = (scale, *(scale * more for more in self.gate.scales)) if on_fail == "retry" else (scale,)
+        for strength in strengths:
+            trials = self._try(examples, scale=strength, chat=chat, on_base=on_base)
+            failed = [trial.checks for trial in trials if not trial.checks.passed]
+            if not failed or on_fail == "report":
+                made = zip(trials, examples, strict=True)
+                return [self._keep(trial, example, author, reason) for trial, example in made]
+        raise GateError(
+            f"{len(failed)} of {len(trials)} edits failed the gate at strength {', '.join(f'{s:g}' for s in strengths)} "
+            f"({failed[0].failures()}); nothing was changed. Word it differently, or keep it with on_fail='report'",
+            tuple(checks.to_json() for checks in failed),
+        )
+
+    def preview(
+        self,
+        prompt: str,
+        target: str,
+        *,
+        rephrasings: Sequence[str] = (),
+        unrelated: Sequence[Probe | str] = (),
+        scale: float = 1.0,
+        chat: bool = False,
+    ) -> Trial:
+        """An edit tried on and thrown away: what `edit` would make, and what its gate would see."""
+        return self._try([request(prompt, target, rephrasings, unrelated)], scale=scale, chat=chat, on_base=False)[0]
+
+    def _try(self, examples: Sequence[EditExample], *, scale: float, chat: bool, on_base: bool) -> list[Trial]:
         if self.editor is None:
             raise InputError("this session has no editor; open it with editor=RUN to make edits")
-        if self.active is None or on_base:
-            return self.add(self.editor.edit(prompt, target, scale=scale, chat=chat))
-        with applied(self.model, self.active):
-            new = self.editor.edit(prompt, target, scale=scale, chat=chat)
-        return self.add(replace(new, about={**new.about, "stack": list(self._stack)}))
+        replaces = [self.store.conflicts({"prompt": example.prompt, "chat": chat}) for example in examples]
+        gone = {name for names in replaces for name in names}
+        rest = [record.id for record in self.store.active() if record.id not in gone]
+        before, below = self.active, self.stack(rest)
+        begun = time.perf_counter()
+        with _under(self.model, None if on_base else below):
+            edits = self.editor.edit_many(examples, scale=scale, chat=chat)
+        milliseconds = 1000 * (time.perf_counter() - begun) / max(1, len(edits))
+        edits = [replace(one, about={**one.about, "stack": [] if on_base else rest}) for one in edits]
+        last = {example.prompt.strip(): edit for example, edit in zip(examples, edits, strict=True)}  # as in the journal
+        after = stacked([*([below] if below else []), *last.values()])
+        asked = [[*questions(example, chat=chat), *self.gate.questions()] for example in examples]
+        answered = iter(ask(self.model, self.formatter, list(itertools.chain(*asked)), before, after, self.gate.tokens))
+        checks = [judge([next(answered) for _ in some], self.gate.needed) for some in asked]
+        return [Trial(*parts, milliseconds) for parts in zip(edits, checks, replaces, strict=True)]
 
-    def add(self, edit: Edit, *, force: bool = False) -> str:
-        """Put an edit on the stack; returns its id. One made for another base is refused unless `force`."""
+    def _keep(self, trial: Trial, example: EditExample, author: str, reason: str) -> Made:
+        told = {
+            **trial.edit.about["request"],
+            "rephrasings": list(example.rephrasings),
+            "unrelated": [{"prompt": probe.prompt, "answer": probe.answer} for probe in example.unrelated],
+        }
+        edit = replace(trial.edit, about={**trial.edit.about, "request": told})
+        record = self._journal(edit, author=author, reason=reason, checks=trial.checks.to_json())
+        return Made(edit, trial.checks, record.supersedes, trial.milliseconds, record.id)
+
+    def add(self, edit: Edit, *, author: str = "", reason: str = "", force: bool = False) -> str:
+        """Make an edit that exists already active; returns its id. One made for another base is refused unless `force`."""
         if not force:
             edit.require_base(self.model)
         with applied(self.model, edit):  # raises if the model lacks its layers
             pass
-        name = fingerprint(edit.updates)
-        if name in self._stack:
-            raise InputError(f"the edit {name} is already active")
-        stacked([*self._stack.values(), edit])  # raises if that would change the base twice
-        self._stack[name] = edit
-        return name
+        stacked([*self.edits.values(), edit])  # raises if that would change the base twice
+        return self._journal(edit, author=author, reason=reason, checks={}).id
 
-    def undo(self, name: str | None = None) -> Edit:
-        """Take an edit off, by default the latest; returns it, so that it can be added again."""
-        if name is None and self._stack:
-            name = next(reversed(self._stack))
-        if name not in self._stack or name is None:
-            raise InputError(f"no active edit '{name}'; active are: {', '.join(self._stack) or 'none'}")
-        return self._stack.pop(name)
+    def _journal(self, edit: Edit, *, author: str, reason: str, checks: dict[str, Any]) -> Record:
+        content = edit.to_bytes()
+        file = hashlib.sha256(content).hexdigest()
+        if (same := next((record for record in self.store.active() if record.file == file), None)) is not None:
+            raise InputError(f"the edit {same.id} is the same and already active")
+        about = edit.about
+        return self.store.add(
+            content,
+            request=about.get("request") or {},
+            base=about.get("base") or {},
+            editor=about.get("editor") or {},
+            author=author,
+            reason=reason,
+            checks=checks,
+            stack=tuple(about.get("stack") or ()),
+        )
+
+    def undo(self, name: str | None = None, *, author: str = "", reason: str = "") -> Edit:
+        """Take an edit off, by default the latest; what it had replaced comes back. Returns the edit."""
+        if name is None:
+            active = self.store.active()
+            if not active:
+                raise InputError("there is no active edit to undo")
+            name = active[-1].id
+        return self._read(self.store.undo(name, author=author, reason=reason).id)
+
+    def redo(self, name: str, *, author: str = "", reason: str = "") -> Edit:
+        """Put an undone edit back, in its old place of the stack. Returns the edit."""
+        edit = self._read(self.store.record(name).id)
+        stacked([*(one for key, one in self.edits.items() if key != name), edit])  # raises if the base would change twice
+        self.store.redo(name, author=author, reason=reason)
+        return edit
+
+    # Answers
+
+    def check(self) -> Checks:
+        """Ask everything that every active edit promised, and the guards: the base model's answers and those of today."""
+        asked = self.gate.questions()
+        for told in (record.request for record in self.store.active()):
+            if told.get("prompt") and told.get("target"):
+                unrelated = [Probe(probe["prompt"], probe.get("answer")) for probe in told.get("unrelated", ())]
+                example = request(told["prompt"], told["target"], told.get("rephrasings", ()), unrelated)
+                asked += questions(example, chat=bool(told.get("chat")))
+        return judge(ask(self.model, self.formatter, asked, None, self.active, self.gate.tokens), self.gate.needed)
 
     def answer(self, prompt: str, *, chat: bool = False, max_new_tokens: int = 32) -> str:
         """The model's greedy answer under the active edits."""
@@ -82,11 +299,18 @@ class Session:
 
     def answers(self, prompts: Sequence[str], *, chat: bool = False, max_new_tokens: int = 32) -> list[str]:
         """Greedy answers to several prompts, in one batch."""
-        formatter = Formatter.of(self.model, self.tokenizer)
-        texts = [formatter.encode(prompt, None, chat=chat) for prompt in prompts]
-        if self.active is None:
-            found = formatter.generate(self.model, texts, max_new_tokens)
-        else:
-            with applied(self.model, self.active):
-                found = formatter.generate(self.model, texts, max_new_tokens)
-        return [formatter.decode(tokens) for tokens in found]
+        texts = [self.formatter.encode(prompt, None, chat=chat) for prompt in prompts]
+        with _under(self.model, self.active):
+            found = self.formatter.generate(self.model, texts, max_new_tokens)
+        return [self.formatter.decode(tokens) for tokens in found]
+
+
+def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated: Sequence[Probe | str] = ()) -> EditExample:
+    """A request in words: the rephrasings should get the target too, the unrelated prompts keep their answers."""
+    probes = tuple(probe if isinstance(probe, Probe) else Probe(probe) for probe in unrelated)
+    question = is_question(prompt)
+    return EditExample(prompt=prompt, target=target, rephrasings=tuple(rephrasings), unrelated=probes, question=question)
+
+
+def _under(model: Any, edit: Edit | None) -> AbstractContextManager[None]:
+    return nullcontext() if edit is None else applied(model, edit)
