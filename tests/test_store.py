@@ -182,7 +182,9 @@ def test_a_rewritten_history_is_found_by_whoever_kept_its_head(store: Store) -> 
         heads.append(store.head)
     assert all(store.verify(head).problems == () for head in heads)
     # the last entry made anew with another author, hashes and all
-    *_, parent, _, body = sqlite3.connect(store.place / "journal.sqlite").execute("SELECT * FROM journal").fetchall()[-1]
+    *_, parent, _, body = (
+        sqlite3.connect(store.place / "journal.sqlite").execute("SELECT * FROM journal ORDER BY number").fetchall()[-1]
+    )
     forged = json.dumps({**json.loads(body), "author": "Bo"}, sort_keys=True, separators=(",", ":"))
     tampered(store, "UPDATE journal SET body = ?, hash = ? WHERE number = 2", forged, digest(parent, forged))
     again = Store.open(store.place)
@@ -376,7 +378,9 @@ class Sequences(RuleBasedStateMachine):
         path.unlink(missing_ok=True)
         self.stores[1 - which].export_to(path)
         other, mine = self.plain[1 - which], self.plain[which]
-        chains = [[row[0] for row in store._connection.execute("SELECT hash FROM journal")] for store in self.stores]
+        chains = [
+            [row[0] for row in store._connection.execute("SELECT hash FROM journal ORDER BY number")] for store in self.stores
+        ]
         theirs, ours = chains[1 - which], chains[which]
         imported = self.stores[which].import_from(path)
         assert imported.same_history is (theirs[: len(ours)] == ours)

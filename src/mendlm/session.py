@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -242,7 +242,7 @@ class Session:
                 "unrelated": [{"prompt": probe.prompt, "answer": probe.answer} for probe in example.unrelated],
             }
             edit = replace(trial.edit, about={**about, "request": {**about["request"], **told}})
-            additions.append(self._addition(edit, {**trial.checks.to_json(), "norms": trial.norms}))
+            additions.append(addition(edit, base_of(self.model), {**trial.checks.to_json(), "norms": trial.norms}))
         records = self.store.add_many(additions, author=author, reason=reason)
         kept = zip(trials, records, strict=True)
         return [Made(self._read(r.id), t.checks, r.supersedes, t.milliseconds, r.id) for t, r in kept]
@@ -254,20 +254,11 @@ class Session:
         with applied(self.model, edit):  # raises if the model lacks its layers
             pass
         stacked([*self.edits.values(), edit])  # raises if that would change the base twice
-        addition = self._addition(edit, {})
-        file = hashlib.sha256(addition.content).hexdigest()
+        new = addition(edit, base_of(self.model))
+        file = hashlib.sha256(new.content).hexdigest()
         if (same := next((record for record in self.store.active() if record.file == file), None)) is not None:
             raise InputError(f"the edit {same.id} is the same and already active")
-        return self.store.add(addition, author=author, reason=reason).id
-
-    def _addition(self, edit: Edit, checks: dict[str, Any]) -> Addition:
-        about = edit.about
-        told: dict[str, Any] = {
-            "request": about.get("request") or {},
-            "editor": about.get("editor") or {},
-            "stack": about.get("stack") or (),
-        }
-        return Addition(content=edit.to_bytes(), base=base_of(self.model), checks=checks, **told)
+        return self.store.add(new, author=author, reason=reason).id
 
     def undo(self, name: str | None = None, *, author: str = "", reason: str = "") -> Edit:
         """Take an edit off, by default the latest active one; what it had replaced comes back. Returns the edit."""
@@ -309,6 +300,13 @@ def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated
     probes = tuple(probe if isinstance(probe, Probe) else Probe(probe) for probe in unrelated)
     question = is_question(prompt)
     return EditExample(prompt=prompt, target=target, rephrasings=tuple(rephrasings), unrelated=probes, question=question)
+
+
+def addition(edit: Edit, base: Mapping[str, Any], checks: Mapping[str, Any] | None = None) -> Addition:
+    """An edit as a store of that base takes it."""
+    about = edit.about
+    told: dict[str, Any] = {"request": about.get("request") or {}, "editor": about.get("editor") or {}}
+    return Addition(content=edit.to_bytes(), base=base, checks=checks or {}, stack=about.get("stack") or (), **told)
 
 
 def _under(model: Any, edit: Edit | None) -> AbstractContextManager[None]:

@@ -422,6 +422,12 @@ class Store:
         return "a store in memory" if self.place is None else f"the store {self.place}"
 
 
+def base_in(path: str | Path) -> Mapping[str, Any]:
+    """The model that the edits of an exported store are for. Raises `FormatError` for a file that is none."""
+    with _Export(Path(path)) as export:
+        return export.history.base
+
+
 class _Export:
     """A file that `Store.export_to` wrote, checked."""
 

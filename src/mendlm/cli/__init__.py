@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from mendlm.cli import comparing, data, edits, learning, sweeping
+from mendlm.cli import comparing, data, edits, learning, storing, sweeping
 from mendlm.errors import InputError, MendError
 from mendlm.processes import launched
 
@@ -39,6 +39,7 @@ for command in (
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 app.add_typer(data.app, name="data")
+app.add_typer(storing.app, name="store")
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's `UsageError`, from the click that typer brings along or depends on."""
 
