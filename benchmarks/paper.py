@@ -6,7 +6,7 @@
 Each part is a few `mendlm` commands in processes of their own; what is done is kept in --work, so that an interrupted run
 goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all cells, the machine, and every command with its
 seconds) and pictures to docs/images/. `--share 0.05` shortens every training to that share of its steps, in a folder of its
-own, to see whether it all runs; nothing is published then, nor with --limit.
+own, to see whether it all runs; nothing is published then, nor with --limit. The T5's base needs `pip install onnx`.
 
 Drivers of parts without a base or editors in common may share a folder.
 FEVER's claims and Natural Questions are divided once: bases and editors see the larger part, and scores come from the other.

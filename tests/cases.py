@@ -29,7 +29,7 @@ ALL = GENERATORS + CLASSIFIERS
 """What every test of a module runs on."""
 
 MORE = ("mistral", "qwen2", "gemma", "gemma2", "gemma3 vision", "smollm3", "phi", "phi3", "gpt_neox")
-MORE += ("t5 v1.0", "mt5", "mbart")
+MORE += ("t5 v1.0", "t5 v1.1", "mt5", "mbart")
 MORE += ("bert two logits", "roberta", "roberta two logits", "distilbert", "distilbert two logits")
 MORE += ("modernbert", "modernbert two logits")
 EVERY = ALL + MORE
@@ -100,14 +100,16 @@ def _build(name: str) -> transformers.PreTrainedModel:
             return transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes))
         case "gpt_neox":
             return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**_ENCODER))
-        case "t5" | "t5 v1.0" | "mt5":
+        case "t5" | "t5 v1.0" | "t5 v1.1" | "mt5":
             kind, tied = ("relu", True) if name == "t5 v1.0" else ("gated-gelu", False)
             options = {"feed_forward_proj": kind, "tie_word_embeddings": tied, **_T5}
-            if name != "mt5":
-                return transformers.T5ForConditionalGeneration(transformers.T5Config(**options))
-            model = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**options))
-            # Built from its configuration the head is tied whatever that says; read from a file it is not.
-            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+            if name == "mt5":
+                model = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**options))
+            else:
+                model = transformers.T5ForConditionalGeneration(transformers.T5Config(**options))
+            if name in ("t5 v1.1", "mt5"):
+                # Built from its configuration the head is tied whatever that says; read from a file it is not.
+                model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
             return model
         case "bart":
             return transformers.BartForConditionalGeneration(transformers.BartConfig(**_BART))

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from cases import inputs, tiny
-from mendlm import adapter, files
+from mendlm import adapter
 from mendlm.apply import Edit, applied
 from mendlm.errors import FormatError, InputError
 from mendlm.layers import default_layers
 from mendlm.lowrank import LowRank
+from mendlm.tensors import read_tensors
 
 
 def random_edit(name: str, rows: int, size: float = 0.1) -> Edit:
@@ -53,7 +54,7 @@ def test_a_saved_edit_is_loaded_to_the_bit(name: str, rows: int, rank: int, tmp_
     assert config["fan_in_fan_out"] is (name == "gpt2")
     assert not {"rank_pattern", "alpha_pattern"} & set(config)
     assert set(os.listdir(tmp_path / "edit")) == {"adapter_config.json", "adapter_model.safetensors", "edit.json"}
-    tensors, _ = files.read_tensors(tmp_path / "edit" / "adapter_model.safetensors")
+    tensors, _ = read_tensors(tmp_path / "edit" / "adapter_model.safetensors")
     for name_, update in edit.updates.items():
         a, b = (tensors[f"base_model.model.{name_}.lora_{side}.weight"] for side in "AB")
         assert (a.shape, b.shape) == ((rank, update.shape[1]), (update.shape[0], rank))
@@ -84,7 +85,7 @@ def test_more_rows_than_the_largest_rank_keep_an_exact_file(transposed: bool, tm
     assert about["lost_share"] == {"large": pytest.approx(share, rel=1e-5)}
     assert share > 0.003
     assert about["rank"] == 256
-    tensors, _ = files.read_tensors(tmp_path / "edit" / "adapter_model.safetensors")
+    tensors, _ = read_tensors(tmp_path / "edit" / "adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.large.lora_{side}.weight"] for side in "AB")
     lost = (b @ a - large.dense()).norm() / large.dense().norm()
     assert lost.item() == pytest.approx(share, rel=1e-3)

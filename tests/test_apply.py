@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import cases
 import oracles
-from mendlm.apply import Edit, applied, join, merge
+from mendlm.apply import Edit, _require_routing, _route, applied, join, merge, require_indices
 from mendlm.errors import InputError, LayerError, NumericalError
 from mendlm.layers import default_layers, editable, select
 from mendlm.lowrank import LowRank
@@ -187,12 +187,56 @@ def test_wrong_models_shapes_and_numbers_are_refused(tmp_path):
         edits.save(tmp_path / "edits")
 
 
-def test_routing_that_cannot_be_meant_is_refused():
+@pytest.mark.parametrize("few", [0, 4])
+@pytest.mark.parametrize(
+    ("routing", "says"),
+    [
+        ([0, 2], "names edit 2.*numbered 0 to 1.*-1 for none"),
+        ([-2, 0], "names edit -2"),
+        ([0.0, 1.0], r"\(2,\) of torch.float32.*one integer a row"),
+        (0, r"\(\) of torch.int64.*one integer a row"),
+        ([True, False], "must be a matrix"),
+        ([[True], [False]], r"matrix \(2, 1\).*\(rows, 2\) of torch.bool"),
+        ([[0, 1], [1, 0]], r"\(2, 2\) of torch.int64.*\(rows, 2\) of torch.bool"),
+    ],
+)
+def test_routing_that_cannot_be_meant_is_refused(routing, says, few, monkeypatch):
+    monkeypatch.setattr("mendlm.apply.FEW", few)
     model, _, edits = setting("llama", 2)
+    before = logits(model, inputs := cases.inputs(model, batch=2))
+    with pytest.raises(InputError, match=says), applied(model, edits, torch.tensor(routing)):
+        pass
     with pytest.raises(InputError, match="single one"), applied(model, edits[0], torch.tensor([0, -1])):
         pass
-    with pytest.raises(InputError, match="must be a matrix"), applied(model, edits, torch.tensor([True, False])):
-        pass
+    assert torch.equal(logits(model, inputs), before)
+
+
+@pytest.mark.parametrize("few", [0, 4])
+def test_indices_on_a_device_are_not_read_and_those_beyond_the_edits_fail_there(few, monkeypatch):
+    monkeypatch.setattr("mendlm.apply.FEW", few)
+    _, _, edits = setting("llama", 2)
+    require_indices(torch.empty(2, dtype=torch.long, device="meta"), 2)  # a number of "meta" cannot be read
+    for update in edits.updates.values():
+        with pytest.raises(IndexError):
+            _route(update, torch.tensor([0, 2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("few", [0, 4])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_routing_never_waits_for_the_device(device, few, monkeypatch):
+    monkeypatch.setattr("mendlm.apply.FEW", few)
+    update = LowRank(torch.randn(2, 3, 4, device="cuda"), torch.randn(2, 3, 5, device="cuda"))
+    x, routing = torch.randn(3, 6, 4, device="cuda"), torch.tensor([1, -1, 0], device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _require_routing(routing, update)
+        found = _route(update, routing)(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    own = update.dense().mT
+    assert_close(found, torch.stack([x[0] @ own[1], torch.zeros_like(found[1]), x[2] @ own[0]]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("routing", [None, torch.tensor([0, 1]), torch.eye(2).bool()])

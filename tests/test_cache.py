@@ -82,8 +82,10 @@ def test_many_are_searched_at_once_and_the_nearest_answers() -> None:
     assert memory.answers(states, torch.tensor([-1, 0])).tolist() == [[-1, -1, -1], [8, -1, 7]]
     with pytest.raises(InputError, match="2 rows of input do not divide among 3"):
         memory.answers(states, torch.tensor([0, 0, 1]))
-    with pytest.raises(InputError, match="not by a matrix"):
+    with pytest.raises(InputError, match="give one integer a row"):
         memory.answers(states, torch.zeros(2, 2, dtype=torch.bool))
+    with pytest.raises(InputError, match="names edit 2, but they are numbered 0 to 1"):
+        memory.answers(states, torch.tensor([0, 2]))
 
 
 def test_many_requests_are_looked_up_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

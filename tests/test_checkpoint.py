@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cases import byte_tokenizer, inputs, tiny
-from mendlm import files
 from mendlm.apply import applied
 from mendlm.checkpoint import load_editor, parse_config, save_editor
 from mendlm.editor import Editor
@@ -20,6 +19,7 @@ from mendlm.methods.finetune import FineTuneConfig
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import base_of
 from mendlm.tasks import EditExample
+from mendlm.tensors import read_tensors, write_tensors
 from mendlm.text import Formatter
 from mendlm.training import TrainConfig
 
@@ -80,12 +80,12 @@ def test_a_bfloat16_file_rounds_the_networks_and_nothing_else(tmp_path: Path) ->
 
 
 def rewrite(path: Path, change: Any) -> None:
-    tensors, metadata = files.read_tensors(path)
+    tensors, metadata = read_tensors(path)
     content = json.loads(metadata["editor"])
     change(tensors, metadata, content)
     if metadata.get("editor"):
         metadata["editor"] = json.dumps(content)
-    files.write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 CHANGES = {

@@ -16,10 +16,11 @@ import torch
 from cases import byte_tokenizer, other, tiny
 from mendlm.apply import Edit, applied
 from mendlm.cli import main
-from mendlm.files import read_tensors, sha256
+from mendlm.files import sha256
 from mendlm.layers import default_layers, select
 from mendlm.methods.malmen import Malmen, MalmenConfig
 from mendlm.models import load
+from mendlm.tensors import read_tensors
 from mendlm.text import Formatter
 
 FACTS = [
@@ -485,6 +486,14 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ["--from run has a rank already"],
     ),
     "no memory": (["train", "--data", "records:facts.jsonl", "--editor-memory", "nan"], ["positive number of GB", "nan"]),
+    "nothing to watch": (
+        ["eval", "--method", "ft-kl", "--data", "records:facts.jsonl"],
+        ["none of the first 3 of a source", "more texts than that (none was given)"],
+    ),
+    "too little to watch": (
+        ["eval", "--method", "ft-kl", "--data", "records:facts.jsonl", "--locality", "records:facts.jsonl"],
+        ["none of the first 3 of a source", "more texts than that (records:facts.jsonl has 3)"],
+    ),
     "device": (["eval", "--data", "records:facts.jsonl", "--device", "nope"], ["'nope'", "this machine has cpu"]),
     "plain text": (["eval", "--data", "records:text.txt"], ["text.txt", "text:text.txt"]),
     "task": (["train", "--data", "facts.jsonl"], ["TASK:PATH", "counterfact"]),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from cases import byte_tokenizer, tiny
-from mendlm import files, metrics
+from mendlm import metrics
 from mendlm.apply import Edit, applied
 from mendlm.errors import InputError, NumericalError
 from mendlm.evaluation import EvaluationConfig, Evaluator, Results, evaluate
@@ -22,6 +22,7 @@ from mendlm.layers import default_layers
 from mendlm.methods.finetune import FineTune, FineTuneConfig
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.tensors import read_tensors
 from mendlm.text import Encoded, Formatter
 
 NAMES = ("Ana", "Bo Rask", "Cy", "Dora Lund", "Eli", "Fay Ott")
@@ -313,7 +314,7 @@ def test_adapter_bytes_are_those_of_a_saved_edit(tmp_path: Path) -> None:
     for one in EXAMPLES[:2]:
         batch = form.batch([form.encode(one.prompt, one.target, end=one.question)])
         method.edit(tiny("llama"), batch)[0].trimmed().save(tmp_path / one.prompt)
-        tensors, _ = files.read_tensors(tmp_path / one.prompt / "adapter_model.safetensors")
+        tensors, _ = read_tensors(tmp_path / one.prompt / "adapter_model.safetensors")
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
     assert run(method, config=replace(CONFIG, generate=False)).summary["adapter_bytes"] == max(sizes)
 

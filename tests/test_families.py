@@ -59,6 +59,12 @@ def test_every_architecture_of_the_table_is_tested():
     assert {cases.tiny(case).config.model_type for case in cases.EVERY} == set(MLP_MATRICES)
 
 
+@pytest.mark.parametrize(("case", "tied"), [("t5 v1.0", True), ("t5", True), ("t5 v1.1", False), ("mt5", False)])
+def test_t5_is_tested_with_a_head_of_its_own_and_with_a_tied_one(case, tied):
+    model = cases.tiny(case)
+    assert (model.lm_head.weight is model.shared.weight) == tied
+
+
 @each_case
 def test_the_default_is_the_papers_choice(case):
     model = cases.tiny(case)

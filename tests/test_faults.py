@@ -20,8 +20,9 @@ from torch.testing import assert_close
 import test_tasks
 from cases import files_limited_to
 from mendlm.apply import Edit
-from mendlm.files import locked, read_tensors
+from mendlm.files import locked
 from mendlm.lowrank import LowRank
+from mendlm.tensors import read_tensors
 from test_cli import ON, TRAIN, Command, edit, place, run  # noqa: F401
 from test_lowrank import pairs
 

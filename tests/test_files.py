@@ -9,7 +9,8 @@ import torch
 
 from cases import files_limited_to
 from mendlm.errors import FormatError, InputError, StorageError
-from mendlm.files import locked, new_folder, read_tensors, write_json, write_tensors
+from mendlm.files import locked, new_folder, write_json
+from mendlm.tensors import read_tensors, write_tensors
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2], dtype=torch.int64)}
 

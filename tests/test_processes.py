@@ -33,7 +33,7 @@ from mendlm.checkpoint import Run, load_editor
 from mendlm.cli import app, edits, main
 from mendlm.errors import InputError, LayerError, MendError
 from mendlm.evaluation import EvaluationConfig, Results, evaluate
-from mendlm.files import plain, read_tensors
+from mendlm.files import plain
 from mendlm.layers import default_layers
 from mendlm.methods import method_types
 from mendlm.methods.base import Learned
@@ -41,6 +41,7 @@ from mendlm.methods.finetune import FineTune, FineTuneConfig
 from mendlm.models import identity, load, shard
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.tensors import read_tensors
 from mendlm.text import Formatter, scored_logits
 from mendlm.training import TrainConfig, train
 
@@ -412,7 +413,7 @@ def names_in(folder: Path) -> list[str]:
 
 def summary_in(folder: Path) -> dict[str, Any]:
     content = json.loads((folder / "summary.json").read_text())
-    return {key: value for key, value in content.items() if key not in ("command", "date", "edit_ms", "peak_memory_mb")}
+    return {key: value for key, value in content.items() if key not in ("command", "date", "edit_ms", "edit_memory_mb", "peak_memory_mb")}
 
 
 def test_commands_of_two_processes_write_the_files_of_one(folder: Path, together: Any) -> None:

@@ -91,6 +91,13 @@ def test_facts_told_at_once_follow_one_another() -> None:
     assert Context(((1, 2), (3,), (4,), (5, 6))).grouped(2) == Context(((1, 2, 3), (4, 5, 6)))
 
 
+@pytest.mark.parametrize("routing", [[3, 0, 0], [-2, 0, 0], [[True] * 3] * 3])
+def test_routing_that_names_no_fact_is_refused(routing: list[Any]) -> None:
+    context = Context(((5,), (6,), (7,)))
+    with pytest.raises(InputError, match="routing"), context.on(tiny("llama"), torch.tensor(routing)):
+        pass
+
+
 def test_a_classifier_is_refused() -> None:
     model = tiny("bert")
     form = Formatter.of(model, byte_tokenizer())

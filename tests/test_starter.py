@@ -11,7 +11,7 @@ import mendlm
 from mendlm.checkpoint import load_editor
 from mendlm.demo import demonstrate
 from mendlm.editor import editor_file
-from mendlm.files import read_tensors
+from mendlm.tensors import read_tensors
 
 
 def test_the_shipped_editor_says_where_it_is_from() -> None:

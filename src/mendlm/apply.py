@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from mendlm import adapter
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
 from mendlm.layers import LayerSpec, dequantized, make_differentiable, quantized, spec_of
-from mendlm.lowrank import LowRank, concatenate
+from mendlm.lowrank import LowRank, concatenate, total
 from mendlm.models import device_of, identity
 
 CHANGED_BASE = "changed_base"
@@ -59,17 +59,8 @@ class Edit:
         return replace(self, updates={name: function(update) for name, update in self.updates.items()})
 
     def __add__(self, other: Edit) -> Edit:
-        """Both edits together: rows of both, layer by layer. Of their provenance the sum keeps only `CHANGED_BASE`.
-
-        Raises `InputError` if both hold their method's change of the base.
-        """
-        changed = [edit for edit in (self, other) if edit.about.get(CHANGED_BASE)]
-        if len(changed) > 1:
-            raise InputError("both edits hold their method's change of the base, which must not be made twice; use one of them")
-        names = [*self.updates, *(name for name in other.updates if name not in self.updates)]
-        parts = {name: [e.updates[name] for e in (self, other) if name in e.updates] for name in names}
-        updates = {name: sum(both[1:], start=both[0]) for name, both in parts.items()}
-        return Edit(updates, self.transposed | other.transposed, {CHANGED_BASE: True} if changed else {})
+        """Both edits together, as `stacked`."""
+        return stacked([self, other])
 
     def __mul__(self, factor: float) -> Edit:
         """The edit at another strength."""
@@ -166,8 +157,19 @@ class Edit:
 
 
 def stacked(edits: Sequence[Edit]) -> Edit:
-    """Single edits as one, in their order: the rows of all."""
-    return sum(edits[1:], start=edits[0])
+    """Edits as one: the rows of all, layer by layer, in their order. Of their provenance it keeps only `CHANGED_BASE`.
+
+    Raises `InputError` if more than one holds its method's change of the base.
+    """
+    changed = sum(bool(edit.about.get(CHANGED_BASE)) for edit in edits)
+    if changed > 1:
+        raise InputError(
+            f"{changed} edits hold their method's change of the base, which must not be made twice; use one of them"
+        )
+    names = dict.fromkeys(name for edit in edits for name in edit.updates)
+    updates = {name: total([edit.updates[name] for edit in edits if name in edit.updates]) for name in names}
+    transposed = frozenset[str]().union(*(edit.transposed for edit in edits))
+    return Edit(updates, transposed, {CHANGED_BASE: True} if changed else {})
 
 
 def join(edits: Sequence[Edit]) -> Edit:
@@ -176,14 +178,41 @@ def join(edits: Sequence[Edit]) -> Edit:
     return replace(first, updates={name: concatenate([edit.updates[name] for edit in edits]) for name in first.updates})
 
 
+def require_indices(routing: Tensor, edits: int) -> None:
+    """Raise `InputError` unless a routing names one of so many edits a row, or -1 for none.
+
+    Indices on another device than the CPU are not read here, since the host would have to wait for them.
+    """
+    if routing.dim() != 1 or routing.dtype == torch.bool or routing.is_floating_point():
+        given = f"a tensor {tuple(routing.shape)} of {routing.dtype}"
+        raise InputError(f"routing is {given}; give one integer a row, the index of its edit, or -1 for none")
+    beyond = [i for i in routing.tolist() if not -1 <= i < edits] if routing.device.type == "cpu" else []
+    if beyond:
+        raise InputError(f"routing names edit {beyond[0]}, but they are numbered 0 to {edits - 1}; give -1 for none")
+
+
+def _require_routing(routing: Tensor, update: LowRank) -> None:
+    if not update.batch:
+        raise InputError("routing needs a batch of edits; this edit is a single one")
+    if routing.dim() == 1 and routing.dtype == torch.bool:
+        raise InputError("a boolean routing must be a matrix (rows, edits); for one edit a row give integer indices")
+    if routing.dim() != 2:
+        return require_indices(routing, update.batch[0])
+    if routing.dtype != torch.bool or routing.shape[1] != update.batch[0]:
+        given, wanted = f"{tuple(routing.shape)} of {routing.dtype}", f"(rows, {update.batch[0]}) of torch.bool"
+        raise InputError(f"routing is a matrix {given}; for these edits give one {wanted}, or one index a row")
+    return None
+
+
 def _route(update: LowRank, routing: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The function that a layer's output gains, of its input."""
     if not update.batch:
-        if routing is not None:
-            raise InputError("routing needs a batch of edits; this edit is a single one")
         return update.apply
+    if routing is not None:
+        routing = routing.to(update.u.device, non_blocking=True)
     if routing is not None and routing.dim() == 1 and update.batch[0] <= FEW:
-        routing = routing.unsqueeze(1) == torch.arange(update.batch[0], device=routing.device)
+        # The first column is none; an index beyond the edits fails on every device, as it does below.
+        routing = torch.eye(update.batch[0] + 1, dtype=torch.bool, device=routing.device)[routing.clamp(min=-1) + 1][:, 1:]
     if routing is None or routing.dim() == 1:
         if routing is not None:
             under = routing >= 0
@@ -221,11 +250,13 @@ def applied(model: nn.Module, edit: Edit, routing: Tensor | None = None) -> Iter
     A single edit holds for every row. For a batch of E edits, `routing` says which row of the input runs under which:
     None (row i under edit i; with beams, each run of equal length), an integer tensor (rows,) of edit indices
     with -1 for none, or a boolean matrix (rows, E) for none, one or several.
-    Raises `LayerError` if the model lacks a layer of the edit or has it in another shape.
+    Raises `LayerError` if the model lacks a layer of the edit or has it in another shape, and `InputError` for a routing that
+    does not fit; indices are checked if they are on the CPU, from where they may serve a model on any device.
     """
-    if routing is not None and routing.dim() == 1 and routing.dtype == torch.bool:
-        raise InputError("a boolean routing must be a matrix (rows, edits); for one edit a row give integer indices")
     modules = {name: _layer(model, name, update) for name, update in edit.updates.items()}
+    if routing is not None:
+        for update in edit.updates.values():
+            _require_routing(routing, update)
     make_differentiable(model)
 
     def hook_for(gain: Callable[[Tensor], Tensor], rows: Tensor) -> Any:

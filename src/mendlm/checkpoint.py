@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from mendlm.errors import FormatError, InputError
-from mendlm.files import plain, read_json, read_tensors, refuse_existing, storing, write_bytes, write_json, write_tensors
+from mendlm.files import plain, read_json, refuse_existing, storing, write_bytes, write_json
 from mendlm.layers import LayerSpec
 from mendlm.methods import LEARNED, method_types
 from mendlm.methods.base import Learned
+from mendlm.tensors import read_tensors, write_tensors
 
 FORMAT = "mendlm-editor-1"
 _T = TypeVar("_T")

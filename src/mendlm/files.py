@@ -1,7 +1,6 @@
-"""Writing files so that nothing is ever half-written, and reading safetensors so that a bad file is named.
+"""Writing files so that nothing is ever half-written, and reading JSON so that a bad file is named.
 
-Everything is written to a temporary name beside its place, flushed to the disk, and renamed. A safetensors file of ours
-holds a hash of its own content, so that a flipped bit is noticed when it is read.
+Everything is written to a temporary name beside its place, flushed to the disk, and renamed. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -12,21 +11,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
-import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from mendlm.errors import FormatError, InputError, MendError, StorageError
 
 LOCK = ".lock"
 """The file whose lock means that a process is at work in a folder."""
-_HASH = "sha256"
 
 
 @contextlib.contextmanager
@@ -92,48 +86,10 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path} is not valid JSON: {error}") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all, with a hash over its tensors and metadata."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    described = dict(metadata or {"format": "pt"})
-    write_bytes(path, safetensors.torch.save(contiguous, {**described, _HASH: _content(contiguous, described)}))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors and its metadata. A missing, truncated or changed file is a `FormatError`."""
-    if not path.is_file():
-        raise FormatError(f"{path} does not exist")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{path} is not a readable safetensors file ({error}); restore it or make it again") from None
-    stored = metadata.pop(_HASH, None)
-    if stored is None:
-        raise FormatError(f"{path} holds no hash of its content: it is damaged, or of an earlier version; make it again")
-    if stored != _content(tensors, metadata):
-        raise FormatError(f"{path} has changed since it was written: its content does not match its hash; make it again")
-    return tensors, metadata
-
-
-def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
-    for name in sorted(tensors):
-        hash_tensor(digest, name, tensors[name])
-    return digest.hexdigest()
-
-
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    """Feed a tensor's name, dtype, shape and content to a hash."""
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 @contextlib.contextmanager

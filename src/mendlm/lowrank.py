@@ -77,7 +77,7 @@ class LowRank:
 
     def __add__(self, other: LowRank) -> LowRank:
         """The sum of the matrices: the rows of both."""
-        return LowRank(torch.cat([self.u, other.u], -2), torch.cat([self.delta, other.delta], -2))
+        return total([self, other])
 
     def __mul__(self, factor: float | Tensor) -> LowRank:
         """The matrix times a number."""
@@ -150,6 +150,11 @@ class LowRank:
             raise InputError(f"a batch {self.batch} cannot be summed in groups of {size}")
         groups = self.batch[0] // size
         return LowRank(self.u.reshape(groups, -1, self.u.shape[-1]), self.delta.reshape(groups, -1, self.delta.shape[-1]))
+
+
+def total(matrices: Sequence[LowRank]) -> LowRank:
+    """The sum of matrices: the rows of all, in their order."""
+    return LowRank(torch.cat([m.u for m in matrices], -2), torch.cat([m.delta for m in matrices], -2))
 
 
 def stack(matrices: Sequence[LowRank]) -> LowRank:

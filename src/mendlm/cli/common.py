@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -217,7 +217,7 @@ def open_method(
     source: str,
     model: Any,
     tokenizer: Any,
-    unrelated: Iterable[Any] = (),
+    unrelated: Sequence[Any] = (),
     *,
     scored: int = 0,
     force: bool = False,
@@ -259,4 +259,10 @@ def open_method(
         return kind(settings, tokenizer(settings.separator, add_special_tokens=False)["input_ids"]), {}
     specs = choose(model, settings.layers)
     probes = [probe for source in unrelated for probe in source.probes[scored:][-256:]] if settings.kl_weight else []
+    if settings.kl_weight and not probes:
+        held = ", ".join(f"{source.name} has {len(source.probes)}" for source in unrelated) or "none was given"
+        raise InputError(
+            f"the method '{name}' watches unrelated texts while it tunes, but none of the first {scored} of a source, which "
+            f"are scored: give a --locality source of more texts than that ({held})"
+        )
     return kind(specs, settings, [formatter.batch([formatter.encode(p.prompt, p.answer)]) for p in probes]), {}

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mendlm.apply import require_indices
 from mendlm.errors import InputError
 from mendlm.layers import LayerSpec
 from mendlm.methods.base import Method
@@ -107,8 +108,8 @@ class Memory:
         With beams, each row of the routing serves a run of rows.
         """
         routing = torch.arange(len(self.keys), device=states.device) if routing is None else routing
-        if routing.dim() != 1 or routing.dtype == torch.bool:
-            raise InputError("a cache is routed by one edit index a row, -1 for none, not by a matrix")
+        require_indices(routing, len(self.keys))
+        routing = routing.to(states.device, non_blocking=True)
         if len(states) % len(routing):
             raise InputError(f"{len(states)} rows of input do not divide among {len(routing)} rows of routing")
         routing = routing.repeat_interleave(len(states) // len(routing))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mendlm.apply import require_indices
 from mendlm.errors import InputError
 from mendlm.layers import LayerSpec
 from mendlm.methods.base import Method
@@ -79,6 +80,8 @@ class Context:
 
         Logits keep their places. Generation keeps no keys and values inside the block.
         """
+        if routing is not None:
+            require_indices(routing, len(self.facts))
         places = range(len(self.facts)) if routing is None else routing.tolist()
         inserted = _Inserted(model, [self.facts[place] if place >= 0 else () for place in places])
         config: Any = model.generation_config
