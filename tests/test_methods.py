@@ -299,19 +299,19 @@ def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
         FineTuneConfig(**wrong)
 
 
-@pytest.mark.parametrize("num_edits", [1, 2])
-@pytest.mark.parametrize("name", ["mend", "malmen", "malmen by sums"])
-def test_rows_travel_to_the_editors_device_and_edits_come_back(name: str, num_edits: int) -> None:
+@pytest.mark.parametrize("name", ["mend", "malmen"])
+def test_rows_travel_to_the_editors_device_and_edits_come_back(name: str) -> None:
     """By fake tensors, which have devices that are named and not there, and refuse to mix them as real ones do."""
-    kind, config = method_types(name.partition(" ")[0])
+    kind, config = method_types(name)
     model = fake_model(tiny("llama").config)
     with fake_mode(model):
-        method: Any = kind(default_layers(model), config(**SETTINGS[name])).to("meta")
+        with torch.device("meta"):
+            method: Any = kind(default_layers(model), config(**SETTINGS[name]))
         optimizer, form = torch.optim.Adam(method.parameters()), formatter_of(model)
         drawn = texts(4, Lengths(), "causal")
         batch = form.batch([one.edit for one in drawn])
         method.prepare(model, batch)
-        step(method, model, form, optimizer, drawn, TrainConfig(num_edits=num_edits))
+        step(method, model, form, optimizer, drawn, TrainConfig())
         edit = method.edit(model, batch)
         with torch.no_grad(), edit.on(model):
             scored_logits(model, batch)
