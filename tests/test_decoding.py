@@ -310,7 +310,9 @@ def test_sampling_at_the_ends():
     logits = torch.tensor([[0.0, -math.inf, 3.0], [1e4, 1e4 - 1, -1e4], [0.0, 5.0, 1.0]])
     one = torch.tensor([1.0, 1e-30, 1.0])
     top = torch.tensor([1.0, 1.0, 1e-9])
+    rising = torch.tensor([[0.3 * i for i in range(9)] + [-math.inf] * 3])  # in float32 its probabilities sum to less than 1
     for number in (0.0, 1.0 - 2**-24, 1.0):
+        assert sample(rising, one[:1], top[:1], torch.tensor([number])).item() < 9
         drawn = sample(logits, one, top, torch.full((3,), number)).tolist()
         assert drawn[0] in (0, 2)  # never a token of no probability
         assert drawn[1:] == [0, 1]
