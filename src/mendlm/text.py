@@ -207,8 +207,8 @@ class Formatter:
                 label.append(token)
                 is_end.append(text.ended and place == len(text.target) - 1)
         if self.family == "encoder-decoder":
-            ids, mask = self._pad([list(text.prompt) for text in texts], left=False)
-            decoder_ids, decoder_mask = self._pad(sequences, left=False)
+            ids, mask = self.pad([list(text.prompt) for text in texts], left=False)
+            decoder_ids, decoder_mask = self.pad(sequences, left=False)
             inputs = {
                 "input_ids": ids,
                 "attention_mask": mask,
@@ -216,12 +216,13 @@ class Formatter:
                 "decoder_attention_mask": decoder_mask,
             }
         else:
-            ids, mask = self._pad(sequences, left=False)
+            ids, mask = self.pad(sequences, left=False)
             inputs = {"input_ids": ids, "attention_mask": mask}
         long = {name: tensor_on(self.device, v) for name, v in (("row", row), ("column", column), ("label", label))}
         return Batch(inputs, **long, is_end=tensor_on(self.device, is_end), size=len(texts))
 
-    def _pad(self, sequences: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    def pad(self, sequences: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+        """Token ids (texts, longest) padded on one side, and the mask of what counts."""
         length = max(map(len, sequences))
         filler = self.tokenizer.pad_token_id or 0  # any id: the mask says what counts
         ids, mask = [], []
@@ -241,7 +242,7 @@ class Formatter:
         if self.family == "classifier":
             batch = self.batch([Encoded(text.prompt, ()) for text in prompts])
             return [(label,) for label in scored_logits(model, batch).argmax(-1).tolist()]
-        ids, mask = self._pad([list(text.prompt) for text in prompts], left=self.family == "causal")
+        ids, mask = self.pad([list(text.prompt) for text in prompts], left=self.family == "causal")
         if self.family == "causal" and self.window is not None:
             max_new_tokens = min(max_new_tokens, self.window - ids.shape[1] + 1)  # the last token is not fed back
         config = copy.deepcopy(model.generation_config)
