@@ -248,6 +248,11 @@ class Worker:
         self._abandon()  # of a worker that was never started
 
     @property
+    def alive(self) -> bool:
+        """Whether it takes work, and does it."""
+        return self._thread.is_alive() and not self._closing
+
+    @property
     def stats(self) -> Stats:
         """A copy of the counters and gauges."""
         with self._changed:
