@@ -226,9 +226,10 @@ class Session:
         unrelated: Sequence[Probe | str] = (),
         scale: float = 1.0,
         chat: bool = False,
+        on_base: bool = False,
     ) -> Trial:
         """An edit tried on and thrown away: what `edit` would make, and what its gate would see."""
-        return self._try([request(prompt, target, rephrasings, unrelated)], scale=scale, chat=chat, on_base=False)[0]
+        return self._try([request(prompt, target, rephrasings, unrelated)], scale=scale, chat=chat, on_base=on_base)[0]
 
     def _try(self, examples: Sequence[EditExample], *, scale: float, chat: bool, on_base: bool) -> list[Trial]:
         if self.editor is None:
