@@ -402,6 +402,9 @@ def test_export_of_several_edits(run: Command, place: Path, tmp_path: Path) -> N
     run("export", tmp_path / "a", "--out", tmp_path / "small", "--dtype", "bfloat16")
     tensors, _ = read_tensors(tmp_path / "small" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    served = run("export", tmp_path / "both", "--for", "vllm", "--out", tmp_path / "served")
+    assert served["max_lora_rank"] == json.loads((tmp_path / "served" / "adapter_config.json").read_text())["r"]
+    assert "--enable-lora" in text(run, "export", tmp_path / "both", "--for", "vllm", "--out", tmp_path / "again")
 
 
 def test_export_of_a_merged_model_and_for_llama_cpp(run: Command, place: Path, tmp_path: Path) -> None:
@@ -423,6 +426,7 @@ def test_export_of_a_merged_model_and_for_llama_cpp(run: Command, place: Path, t
         (("--to", "merged"), "give it with --model"),
         (("--to", "gguf-lora"), "give it with --model"),
         (("--model", "model"), "leave --model out"),
+        (("--to", "gguf-lora", "--model", "model", "--for", "vllm"), "goes with --to peft"),
         (("--to", "gguf-lora", "--model", "model", "--dequantize"), "are for --to merged"),
     ):
         assert message in run("export", tmp_path / "edit", *wrong, "--out", tmp_path / "x", fails=True)

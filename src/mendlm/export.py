@@ -13,12 +13,13 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from mendlm import gguf_lora
 from mendlm.apply import Edit, Snapshot, applied, merge, stacked
+from mendlm.engines import vllm_problems
 from mendlm.errors import InputError, LayerError
 from mendlm.files import new_folder, refuse_existing, write_json
 from mendlm.layers import dequantized, quantized
@@ -45,14 +46,22 @@ def combined(edits: Sequence[Edit]) -> Edit:
     return Edit(whole.updates, whole.transposed, {**whole.about, "base": edits[0].about.get("base"), "parts": parts})
 
 
-def export_peft(edits: Sequence[Edit], folder: str | Path, *, force: bool = False) -> Edit:
+def export_peft(
+    edits: Sequence[Edit], folder: str | Path, *, engine: Literal["vllm"] | None = None, force: bool = False
+) -> Edit:
     """Write edits of one base as one adapter folder, which is an edit too; returns their sum.
 
     More rows than the largest rank are compressed in the adapter, and kept exactly beside it. Raises `InputError` for no
-    edits or edits of different bases.
+    edits or edits of different bases, and for an adapter that the `engine` would not serve (see `mendlm.engines`).
     """
     whole = combined(edits)
-    whole.save(folder, force=force)
+    if engine is None:
+        whole.save(folder, force=force)
+        return whole
+    with new_folder(Path(folder), force=force) as temporary:
+        whole.save(temporary, force=True)
+        if problems := vllm_problems(temporary):
+            raise InputError(f"vLLM would not serve this adapter: {'; '.join(problems)}. Export to merged instead")
     return whole
 
 

@@ -22,6 +22,9 @@ def export(
     ] = "peft",
     model: Annotated[str | None, typer.Option("--model", help="The edits' base, for merged and gguf-lora.")] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Merge into a quantised base, as dense weights.")] = False,
+    engine: Annotated[
+        Literal["vllm"] | None, typer.Option("--for", help="Refuse an adapter that this engine would not serve.")
+    ] = None,
     force: common.Force = False,
     json_output: common.Json = False,
     seed: common.Seed = 0,
@@ -39,6 +42,8 @@ def export(
         raise InputError("an adapter is written without its base; leave --model out, or choose --to merged or gguf-lora")
     if to != "peft" and model is None:
         raise InputError(f"--to {to} needs the edits' base model: give it with --model")
+    if to != "peft" and engine is not None:
+        raise InputError(f"--for {engine} checks an adapter; it goes with --to peft")
     if to != "merged" and (dequantize or quantize is not None):
         raise InputError("--dequantize and --quantize are for --to merged: no other format holds the base's weights")
 
@@ -53,7 +58,7 @@ def export(
         edits = [one.to(as_dtype(dtype, where)) for one in edits]
     origin: dict[str, Any] = {"revision": revision, "from_wheel": from_wheel}
     if to == "peft":
-        _peft(edits, out, force=force, as_json=json_output)
+        _peft(edits, out, engine, force=force, as_json=json_output)
     elif to == "gguf-lora":
         assert model is not None
         base = skeleton(model, report=common.note, **origin)
@@ -78,16 +83,23 @@ def export(
         _show_merged(about, out, len(edits), as_json=json_output)
 
 
-def _peft(edits: list[Any], out: Path, *, force: bool, as_json: bool) -> None:
+def _peft(edits: list[Any], out: Path, engine: Literal["vllm"] | None, *, force: bool, as_json: bool) -> None:
     from mendlm.export import export_peft
     from mendlm.files import read_json
 
-    whole = export_peft(edits, out, force=force)
+    whole = export_peft(edits, out, engine=engine, force=force)
     about = read_json(out / "edit.json")
     content = {"out": str(out), "format": "peft", "edits": len(edits), "rank": about["rank"], "lost_share": about["lost_share"]}
     worst = max(about["lost_share"].values(), default=0.0)
     kept = "exactly" if not worst else f"compressed, losing at most {worst:.2%} of a layer's norm"
-    common.emit(as_json, content, f"{len(edits)} edits, {whole.rows} rows, as a rank-{about['rank']} adapter ({kept}): {out}")
+    text = f"{len(edits)} edits, {whole.rows} rows, as a rank-{about['rank']} adapter ({kept}): {out}"
+    if engine == "vllm":
+        from mendlm.engines import vllm_rank
+
+        content["max_lora_rank"] = vllm_rank(out)
+        base = (about.get("base") or {}).get("name") or "BASE"
+        text += f"\nvllm serve {base} --enable-lora --max-lora-rank {content['max_lora_rank']} --lora-modules {out.name}={out}"
+    common.emit(as_json, content, text)
 
 
 def _show_merged(about: dict[str, Any], out: Path, edits: int, *, as_json: bool) -> None:
