@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from cases import END, VOCAB, byte_tokenizer, inputs, tiny
+from cases import END, EVERY, VOCAB, byte_tokenizer, inputs, tiny
 from mendlm import export
 from mendlm.apply import Edit, applied, merge
 from mendlm.errors import FormatError, InputError, LayerError, ModelError
@@ -169,59 +169,75 @@ def test_a_gguf_adapter_needs_the_right_base_but_not_its_weights_in_memory(tmp_p
         export_gguf_lora([here], base, tmp_path / "y")
 
 
-def write_base(model: Any, file: Path) -> None:
-    """A tiny Llama as llama.cpp's converter writes one, with a vocabulary of bytes."""
+def write_base(kind: str, file: Path) -> None:
+    """A tiny model as llama.cpp's converter writes one, with a vocabulary of bytes."""
     gguf = pytest.importorskip("gguf")
-    config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(file, "llama")
+    model = tiny(kind)
+    config = model.config
+    architecture = {"llama": "LLAMA", "qwen3": "QWEN3", "gpt2": "GPT2", "gpt_neox": "GPTNEOX"}[kind]
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[architecture]])
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(24)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(VOCAB)
-    kind = gguf.TokenType
-    tokens = [("<unk>", kind.UNKNOWN), ("<s>", kind.CONTROL), ("</s>", kind.CONTROL)]
-    tokens += [(f"<0x{byte:02X}>", kind.BYTE) for byte in range(256)]
-    tokens += [(f"word{i}", kind.NORMAL) for i in range(VOCAB - len(tokens))]
+    if kind in ("llama", "qwen3"):
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    elif kind == "gpt_neox":
+        writer.add_rope_dimension_count(int(8 * config.rope_parameters["partial_rotary_factor"]))
+        writer.add_parallel_residual(config.use_parallel_residual)
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    token = gguf.TokenType
+    tokens = [("<unk>", token.UNKNOWN), ("<s>", token.CONTROL), ("</s>", token.CONTROL)]
+    tokens += [(f"<0x{byte:02X}>", token.BYTE) for byte in range(256)]
+    tokens += [(f"word{i}", token.NORMAL) for i in range(VOCAB - len(tokens))]
     writer.add_tokenizer_model("llama")
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_scores([0.0] * VOCAB)
     writer.add_token_types([int(one) for _, one in tokens])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in state.items():
-        layer = name.removesuffix(".weight")
-        writer.add_tensor(f"{names.get_name(layer)}.weight", converted("llama", layer, tensor).contiguous().numpy())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], config.num_hidden_layers)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for name, tensor in model.state_dict().items():
+        layer, _, part = name.rpartition(".")
+        if tied and layer == "lm_head":
+            continue
+        if kind == "gpt2" and tensor.dim() == 2 and "wte" not in name and "wpe" not in name:
+            tensor = tensor.T
+        writer.add_tensor(f"{names.get_name(layer)}.{part}", converted(kind, layer, tensor).contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def test_llama_cpp_gives_the_logits_of_the_overlay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2", "gpt_neox"])
+def test_llama_cpp_gives_the_logits_of_the_overlay(kind: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    model = tiny("llama")
-    write_base(model, tmp_path / "base.gguf")
-    edit = made(model, ["mlp.*", "self_attn.*"])
+    model = tiny(kind)
+    write_base(kind, tmp_path / "base.gguf")
+    edit = made(model, [f"*{name}" for name in NAMES[kind]])
     export_gguf_lora([edit], model, tmp_path / "out")
     ids = torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(0))
     expected = [model(ids).logits[0]]
     with applied(model, edit):
         expected.append(model(ids).logits[0])
-    assert (expected[1] - expected[0]).abs().max() > 0.5
+    assert (expected[1] - expected[0]).abs().mean() > 0.2
     for lora, logits in zip((None, str(tmp_path / "out" / "adapter.gguf")), expected, strict=True):
         exact = {"type_k": 0, "type_v": 0, "flash_attn": False}  # a cache in float32
         engine = llama_cpp.Llama(
             str(tmp_path / "base.gguf"), lora_path=lora, n_ctx=64, logits_all=True, verbose=False, n_threads=1, **exact
         )
         engine.eval(ids[0].tolist())
-        assert_close(torch.from_numpy(np.array(engine.scores[: ids.shape[1]])), logits, rtol=1e-4, atol=1e-3)
+        found = torch.from_numpy(np.array(engine.scores[: ids.shape[1]]))
+        assert_close(found, logits, rtol=1e-4, atol=1e-3 if kind in ("llama", "qwen3") else 0.02)  # its GELU is a table
         engine.close()
 
 
@@ -299,8 +315,8 @@ def test_success_is_that_of_the_written_weights(folder: Path, tmp_path: Path, mo
     assert about["success"]["base"]["rephrasing"] is None
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5", "t5 v1.1", "bert", "gemma3 vision"])
-def test_models_of_other_kinds_are_merged(kind: str, tmp_path: Path, cached: None) -> None:
+@pytest.mark.parametrize("kind", EVERY)
+def test_models_of_every_kind_are_merged(kind: str, tmp_path: Path, cached: None) -> None:
     model = tiny(kind)
     pattern = ["language_model.layers.*.mlp.*"] if kind == "gemma3 vision" else ["*"]
     edit = made(model, pattern)

@@ -1,8 +1,8 @@
 """What other engines take: vLLM's published limits for LoRA adapters, checked on an adapter folder.
 
-vLLM reads `adapter_config.json` and `adapter_model.safetensors`, and no more. Its rules are those of these of its files, as of
+vLLM reads `adapter_config.json` and `adapter_model.safetensors`, and no more. Its rules are those of its files, as of
 September 2026, each named beside the rule below: `vllm/lora/peft_helper.py` (what the configuration may say),
-`vllm/config/lora.py` (the ranks that a server can be started with), `vllm/lora/utils.py` and `vllm/lora/lora_model.py` (what the
+`vllm/config/lora.py` (the ranks that a server can have), `vllm/lora/utils.py` and `vllm/lora/lora_model.py` (what the
 tensors may be called). A field that vLLM does not read is dropped without a word: what would then be computed wrongly is a
 problem here, too. Which base models take adapters at all is not in the folder: see `docs/engines.md`.
 

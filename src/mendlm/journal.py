@@ -134,9 +134,7 @@ class History:
             raise InputError(f"the edit {edit} is active already")
         if kind == "redo" and record.state == "superseded":
             by = record.superseded_by
-            raise InputError(
-                f"the edit {edit} is superseded by {by}, a later one of the same prompt; undo {by} to have it back"
-            )
+            raise InputError(f"the edit {edit} is superseded by {by}, a later one of the same prompt; undo {by} to have it back")
 
     def require_base(self, base: Mapping[str, Any]) -> None:
         """Raise `FormatError` for an edit of another base model."""
