@@ -16,7 +16,7 @@ from mendlm.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/quickstart.md", "docs/methods.md", "docs/models.md", "docs/baseline.md", "docs/extending.md")
-PAGES += ("docs/performance.md",)
+PAGES += ("docs/performance.md", "docs/engines.md")
 ELSEWHERE = {"docs/tasks.md": "test_data.py", "docs/many-cards.md": "test_processes.py"}
 """Pages whose code another test runs."""
 
