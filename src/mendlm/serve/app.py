@@ -174,7 +174,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     @app.post("/v1/completions", response_model=schemas.Completion, responses={**streamed, **missing}, tags=["completions"])
     async def complete(request: Request, body: schemas.CompletionBody) -> Response:
         """Continue a text, or several."""
-        how = {"max_tokens": body.max_tokens or DEFAULT_TOKENS, **_sampling(body)}
+        how = {"max_tokens": body.max_tokens or min(DEFAULT_TOKENS, worker.limits.max_tokens), **_sampling(body)}
         return await answer(request, body, [CompletionRequest(prompt=prompt, **how) for prompt in body.prompts])
 
     @app.post(
@@ -266,7 +266,7 @@ def _sampling(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]
 
 def _first(errors: Sequence[Any]) -> Problem:
     """What a client is told of the errors of its form. What it sent is not repeated: it may be long."""
-    error = errors[0]
+    error = next((one for one in errors if not one["type"].endswith("_type")), errors[0])  # else of a union, its first form
     named = [part for part in error["loc"][1:] if isinstance(part, int) or part in schemas.FIELDS]
     if error["type"] in _OF_A_NAME:
         named = list(error["loc"][1:])
