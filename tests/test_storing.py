@@ -177,3 +177,22 @@ def test_the_journal_is_read_without_torch(run: Command, tmp_path: Path) -> None
         "except SystemExit: assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], check=True, capture_output=True)
+
+
+def test_the_active_edits_of_a_store_are_exported_as_one(run: Command, tmp_path: Path) -> None:
+    from mendlm.apply import Edit
+
+    store = tmp_path / "s"
+    first = add(run, store, *ANA)["added"][0]["id"]
+    add(run, store, "--prompt", "The river runs through", "--target", "town")
+    exported = run("export", store, "--out", tmp_path / "both")
+    assert exported["edits"] == 2
+    whole = Edit.load(tmp_path / "both")
+    assert [part["request"]["target"] for part in whole.about["parts"]] == ["a baker", "town"]
+    assert whole.about["parts"][0]["id"] == first
+    run("store", store, "undo")
+    run("export", store, "--out", tmp_path / "one")
+    one, kept = Edit.load(tmp_path / "one"), Edit.from_bytes(Store.open(store).content(first))
+    assert all((a == b).all() for a, b in zip(one.tensors(), kept.tensors(), strict=True))
+    run("store", store, "undo")
+    assert "no active edit" in run("export", store, "--out", tmp_path / "none", fails=True)

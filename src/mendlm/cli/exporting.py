@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,9 @@ Format = Literal["peft", "merged", "gguf-lora"]
 
 
 def export(
-    folders: Annotated[list[Path], typer.Argument(metavar="EDIT_DIR...", help="Edit folders, in order.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="EDIT_DIR|STORE...", help="Edit folders, in order, or a store: its active edits.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The new folder.")],
     to: Annotated[
         Format,
@@ -47,13 +50,12 @@ def export(
     if to != "merged" and (dequantize or quantize is not None):
         raise InputError("--dequantize and --quantize are for --to merged: no other format holds the base's weights")
 
-    from mendlm.apply import Edit
     from mendlm.files import refuse_existing
     from mendlm.models import as_device, as_dtype, skeleton, stored_dtype
 
     refuse_existing(out, force=force)
     where = as_device(device or "cpu")
-    edits = [Edit.load(folder).to(where) for folder in folders]
+    edits = [one.to(where) for folder in folders for one in _edits(folder)]
     if dtype is not None and to != "merged":
         edits = [one.to(as_dtype(dtype, where)) for one in edits]
     origin: dict[str, Any] = {"revision": revision, "from_wheel": from_wheel}
@@ -81,6 +83,25 @@ def export(
 
         about = export_merged(edits, *opened, out, dequantize=dequantize, force=force)
         _show_merged(about, out, len(edits), as_json=json_output)
+
+
+def _edits(folder: Path) -> list[Any]:
+    """The edit of a folder, or the active ones of a store."""
+    from mendlm.apply import Edit
+    from mendlm.store import DATABASE, Store
+
+    if not (folder / DATABASE).is_file():
+        return [Edit.load(folder)]
+    store = Store.open(folder)
+    active = []
+    for record in store.active():
+        edit = Edit.from_bytes(store.content(record.id), f"the edit {record.id}")
+        active.append(replace(edit, about={**edit.about, "id": record.id}))
+    if not active:
+        raise InputError(
+            f"the store {folder} has no active edit to export; `mendlm store {folder} list --all` shows the others"
+        )
+    return active
 
 
 def _peft(edits: list[Any], out: Path, engine: Literal["vllm"] | None, *, force: bool, as_json: bool) -> None:
