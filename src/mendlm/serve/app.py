@@ -107,12 +107,12 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
 
     By = Annotated[str, Query(alias="author", max_length=200, description="Who asks for it; kept in the journal.")]
     Why = Annotated[str, Query(max_length=2000, description="Why; kept in the journal.")]
-    missing: dict[int | str, Any] = {404: {"model": schemas.ErrorBody, "description": "There is no such edit."}}
-    conflict: dict[int | str, Any] = {
-        409: {"model": schemas.ErrorBody, "description": "Its state, or its gate, is against it."}
-    }
+    missing: dict[int | str, Any] = {404: _error("There is no such thing.")}
+    conflict: dict[int | str, Any] = {409: _error("Its state, or its gate, is against it.")}
     zipped: dict[int | str, Any] = {200: {"content": {"application/zip": {}}, "description": "An adapter's folder, zipped."}}
-
+    zipped |= {**missing, "default": _error("An error.")}
+    counts: dict[int | str, Any] = {200: {"content": {"text/plain": {}}, "description": "The numbers."}}
+    counts |= {"default": _error("An error.")}
     streamed: dict[int | str, Any] = {
         200: {"content": {"text/event-stream": {}}, "description": "The answers; with `stream`, as server-sent events."}
     }
@@ -153,12 +153,12 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
         """Try an edit on, ask its gate, and throw it away."""
         return JSONResponse(await call(operations.preview(body)))
 
-    @app.get("/v1/edits/{id}/adapter", response_class=Response, responses={**zipped, **missing}, tags=["edits"])
+    @app.get("/v1/edits/{id}/adapter", response_class=Response, responses=zipped, tags=["edits"])
     async def edit_adapter(id: str) -> Response:
         """One edit as a PEFT LoRA adapter."""
         return await archive(operations.one_edit(id), f"edit-{id}.zip")
 
-    @app.get("/v1/adapter", response_class=Response, responses={**zipped, **missing}, tags=["edits"])
+    @app.get("/v1/adapter", response_class=Response, responses=zipped, tags=["edits"])
     async def active_adapter() -> Response:
         """All active edits as one PEFT LoRA adapter."""
         return await archive(operations.active_edits, "edits.zip")
@@ -232,7 +232,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
             raise Problem(503, "the service is closing, or its worker has ended", "closing")
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics", response_class=PlainTextResponse, tags=["service"])
+    @app.get("/metrics", response_class=Response, responses=counts, tags=["service"])
     async def metrics_text() -> Response:
         """Counts and times in Prometheus' text format."""
         return Response(metrics.text(_numbers(worker.stats)), media_type=CONTENT_TYPE)
@@ -255,6 +255,12 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
 
     app.openapi = functools.cache(functools.partial(_openapi, app.openapi, tokens is not None))  # type: ignore[method-assign]
     return app
+
+
+def _error(description: str) -> dict[str, Any]:
+    """How an answer of `schemas.ErrorBody` is described, whatever the route's own answers are."""
+    schema = {"$ref": "#/components/schemas/ErrorBody"}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
 def _sampling(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
