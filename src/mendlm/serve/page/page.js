@@ -8,7 +8,7 @@ const STEP = 34; // pixels a bar takes
 const SVG = "http://www.w3.org/2000/svg";
 const KINDS = { prompt: "Prompt", rephrasing: "Rephrasings", unrelated: "Neighbours", guard: "Guard prompts" };
 
-const state = { model: null, records: [], shown: PAGE, asked: null, tried: null, fresh: null };
+const state = { model: null, records: [], shown: PAGE, asked: null, tried: null, fresh: null, read: false };
 
 // Elements. Children are elements, or values that become text.
 
@@ -191,7 +191,7 @@ async function answer(which, question, place, signal) {
   const card = h("article", { class: "answer", "aria-busy": "true", "aria-label": title, "data-which": which }, h("h3", {}, title), said);
   place.append(card);
   try {
-    for await (const more of streamed(await send(path, { method: "POST", body: { ...body, ...form }, signal }))) text.data += more;
+    for await (const more of streamed(await send(path, { method: "POST", body: { ...body, ...form }, signal }))) text.data = (text.data + more).trimStart();
   } finally {
     card.removeAttribute("aria-busy");
     if (!text.data.trim()) said.replaceChildren(h("span", { class: "nothing" }, "no text"));
@@ -313,19 +313,22 @@ function named(record) {
 
 function asked(all) {
   // What a gate saw, kind by kind, before and after side by side.
-  return Object.entries(KINDS).map(([kind, title]) => {
+  const legend = h("p", { class: "hint" }, "Bars: the probability of the new answer; of neighbours and guards, that of the answer to keep.");
+  return [legend, ...Object.entries(KINDS).map(([kind, title]) => {
     const some = all.filter((one) => one.kind === kind);
     if (!some.length) return null;
     const holds = some.filter((one) => one.ok).length;
     return h("section", { class: "kind", "aria-label": title },
       h("h4", {}, some.length > 1 ? `${title} · ${holds} of ${some.length} hold` : title),
       h("ul", {}, some.map((one) => h("li", {}, question(one)))));
-  });
+  })];
 }
 
 function question(one) {
-  const [before, after] = differences(one.before, one.after);
+  const [was, now] = [one.before.trimStart(), one.after.trimStart()];
+  const [before, after] = differences(was, now);
   const of = one.wanted ? `“${one.wanted.trim()}”` : "the earlier answer";
+  const keeps = one.wanted && (one.kind === "unrelated" || one.kind === "guard") ? `To keep: ${one.wanted.trim()}` : null;
   const side = (name, parts, tag, text, share) => h("div", { class: `side ${name.toLowerCase()}` },
     h("dt", {}, name),
     h("dd", {}, spoken(marked(parts, tag), text)),
@@ -333,9 +336,9 @@ function question(one) {
   return h("article", { class: "asked", "data-kind": one.kind },
     h("header", {}, h("div", { class: "prompt", dir: "auto" }, one.prompt), mark(one.ok)),
     h("dl", { class: "sides" },
-      side("Before", before, "del", one.before, one.probability[0]),
-      side("After", after, "ins", one.after, one.probability[1])),
-    h("small", { dir: "auto" }, `${one.before === one.after ? "Same answer. " : ""}The bars: probability of ${short(of, 80)}.`));
+      side("Before", before, "del", was, one.probability[0]),
+      side("After", after, "ins", now, one.probability[1])),
+    one.before === one.after || keeps ? h("small", { dir: "auto" }, [one.before === one.after && "Same answer.", keeps].filter(Boolean).join(" ")) : null);
 }
 
 function chance(share, label) {
@@ -474,8 +477,14 @@ function picture() {
 
 async function readJournal() {
   try {
-    const told = await get("v1/edits");
-    state.records = told.data;
+    const records = [];
+    let told;
+    do {
+      told = await get(records.length ? `v1/edits?after=${encodeURIComponent(records.at(-1).id)}` : "v1/edits");
+      records.push(...told.data);
+    } while (told.has_more && told.data.length);
+    state.records = records;
+    state.read = true;
     const head = /^0*$/.test(told.head ?? "") ? null : told.head;
     $("head").replaceChildren(...(head ? ["Head of the journal: ", h("code", { title: head }, head.slice(0, 16)), "…"] : []));
     $("trouble").replaceChildren();
@@ -539,7 +548,7 @@ function item(record, open = false) {
       button(turn[0], ({ currentTarget }) => busy(currentTarget, async () => {
         trouble.replaceChildren();
         try {
-          await send(path + turn[2], { method: turn[1] });
+          await send(`${path}${turn[2]}?author=${encodeURIComponent($("accept-author").value.trim())}`, { method: turn[1] });
           await readJournal();
           answersAreOld();
           say(`Edit #${record.number} is ${turn[0] === "Undo" ? "undone" : "active again"}`);
@@ -568,7 +577,7 @@ function inside(record) {
     Strength: told.scale,
     "Made under": record.stack.length ? record.stack.map(number).join(", ") : "no other edits",
     Id: record.id, Editor: [record.editor.source, record.editor.step && `step ${record.editor.step}`].filter(Boolean).join(", "),
-    Base: record.base.name ?? record.base.sha256, File: record.file, Size: record.size === undefined ? null : `${record.size.toLocaleString()} bytes`,
+    Base: record.base.name ?? record.base.sha256, "Brought in from": record.imported?.id, File: record.file, Size: record.size === undefined ? null : `${record.size.toLocaleString()} bytes`,
   };
   return h("div", { class: "inside" },
     norms(checks.norms),
@@ -589,6 +598,17 @@ function template(told) {
   $("edit-target").focus();
 }
 
+function goTo(id) {
+  // An edit that the search or the length of the list hides is shown first.
+  if (!$(`edit-${id}`)) {
+    $("filter-text").value = $("filter-state").value = "";
+    state.shown = Math.max(state.shown, state.records.length - state.records.findIndex((record) => record.id === id));
+    showJournal();
+  }
+  $(`edit-${id}`)?.scrollIntoView({ block: "center" });
+  $(`edit-${id}`)?.focus();
+}
+
 // What the controls do
 
 const submits = (form, control, work) => $(form).addEventListener("submit", (event) => {
@@ -597,7 +617,7 @@ const submits = (form, control, work) => $(form).addEventListener("submit", (eve
 });
 submits("ask-form", "ask-send", ask);
 submits("edit-form", "edit-preview", preview);
-submits("accept-form", "accept-send", async () => { if (state.tried) await accept(); });
+submits("accept-form", "accept-send", () => accept().finally(() => setTimeout(outdate)));
 $("edit-form").addEventListener("input", outdate);
 $("ask-stop").addEventListener("click", () => stopping?.abort());
 $("refresh").addEventListener("click", ({ currentTarget }) => busy(currentTarget, readJournal));
@@ -607,7 +627,15 @@ $("export-all").addEventListener("click", ({ currentTarget }) => busy(currentTar
 $("more").addEventListener("click", () => { state.shown += PAGE; showJournal(); });
 for (const id of ["filter-text", "filter-state"]) $(id).addEventListener("input", () => { state.shown = PAGE; showJournal(); });
 $("change-token").addEventListener("click", async () => { if (await askToken(false)) start(); });
-document.addEventListener("visibilitychange", () => { if (!document.hidden && !asking) readJournal(); });
+document.addEventListener("click", (event) => {
+  const link = event.target.closest?.("a[href^='#edit-']");
+  if (!link) return;
+  event.preventDefault();
+  state.fresh = link.getAttribute("href").slice("#edit-".length);
+  showJournal();
+  goTo(state.fresh);
+});
+document.addEventListener("visibilitychange", () => { if (!document.hidden && state.read) readJournal(); });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.form) {
     event.preventDefault();
