@@ -28,7 +28,7 @@ else:
 # %% One edit, and what it changes
 session = mendlm.Session(model, tokenizer, editor)
 before = session.answers([prompt, neighbour], max_new_tokens=6)
-name = session.edit(prompt, target)
+name = session.edit(prompt, target).id
 after = session.answers([prompt, neighbour], max_new_tokens=6)
 for question, old, new in zip((prompt, neighbour), before, after, strict=True):
     print(f"{question!r}: {old!r} -> {new!r}")

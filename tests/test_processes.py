@@ -413,7 +413,11 @@ def names_in(folder: Path) -> list[str]:
 
 def summary_in(folder: Path) -> dict[str, Any]:
     content = json.loads((folder / "summary.json").read_text())
-    return {key: value for key, value in content.items() if key not in ("command", "date", "edit_ms", "edit_memory_mb", "peak_memory_mb")}
+    return {
+        key: value
+        for key, value in content.items()
+        if key not in ("command", "date", "edit_ms", "edit_memory_mb", "peak_memory_mb")
+    }
 
 
 def test_commands_of_two_processes_write_the_files_of_one(folder: Path, together: Any) -> None:

@@ -125,6 +125,29 @@ def test_a_chat_turn_is_the_template_with_the_target_as_answer(tokenizer: str) -
         assert rendered == "[user]: Who runs?\n[assistant]: "
 
 
+def test_a_chat_of_several_turns_is_the_template_up_to_the_next_answer() -> None:
+    form = formatter()
+    turns = [("system", "Be brief."), ("user", "Who runs?"), ("assistant", "Ana"), ("user", "Who else?")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    text = "[system]: Be brief.\n[user]: Who runs?\n[assistant]: Ana\n[user]: Who else?\n[assistant]: "
+    assert form.encode_chat(chat) == Encoded(tuple(byte_tokenizer()(text)["input_ids"]), ())
+    assert form.encode_chat([chat[1]]) == form.encode("Who runs?", None, chat=True)
+    for wrong, words in (
+        ([], "last turn of the chat is empty"),
+        ([*chat, {"role": "user", "content": " "}], "last turn of the chat is empty"),
+        ([{"role": "tool", "content": "x"}], "a turn of a chat has a role"),
+        ([{"role": "user"}], "a turn of a chat has a role"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
+        ([{"role": "user", "content": "x" * 200}], "the model's window 128"),
+    ):
+        with pytest.raises(InputError, match=words):
+            form.encode_chat(wrong)
+    strict = copy.deepcopy(byte_tokenizer())
+    strict.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(InputError, match="template refuses the chat: no system role here"):
+        formatter(tokenizer=strict).encode_chat(chat)
+
+
 def test_chat_without_a_template_is_refused() -> None:
     with pytest.raises(InputError, match="no chat template"):
         formatter(tokenizer=spaced_tokenizer()).encode("a", "b", chat=True)

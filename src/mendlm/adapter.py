@@ -2,7 +2,8 @@
 
 `lora_A = u`, `lora_B = delta.mT`, `lora_alpha = r`, one rank for all matrices, zero-padded to one of `RANKS`, so that other
 engines can serve it. An edit with more rows than the largest rank keeps an exact file beside it, `exact.safetensors`;
-its adapter is then the best approximation, with the lost share in `edit.json`.
+its adapter is then the best approximation, with the lost share in `edit.json`. A store keeps its exact rows as one safetensors
+file instead (`to_bytes`).
 
 Written without peft; knows no model.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from typing import Any
 from mendlm.errors import FormatError, InputError
 from mendlm.files import new_folder, read_json, sha256, write_json
 from mendlm.lowrank import LowRank
-from mendlm.tensors import hash_tensor, read_tensors, write_tensors
+from mendlm.tensors import hash_tensor, pack, read_tensors, unpack, write_tensors
 
 FORMAT = "mendlm-edit-1"
+ROWS_FORMAT = "mendlm-rows-1"
 RANKS = (8, 16, 32, 64, 128, 256)
 ADAPTER, CONFIG, EXACT, ABOUT = "adapter_model.safetensors", "adapter_config.json", "exact.safetensors", "edit.json"
 _PREFIX = "base_model.model."
@@ -136,3 +139,27 @@ def _read_rows(folder: Path, about: Mapping[str, Any]) -> dict[str, LowRank]:
             rows = about["rows"][name]
             updates[name] = LowRank(u[:rows], delta[:, :rows].mT.contiguous())
     return updates
+
+
+def to_bytes(updates: Mapping[str, LowRank], transposed: frozenset[str], about: Mapping[str, Any]) -> bytes:
+    """A single edit as the content of one safetensors file: its exact rows, and `about` in the metadata."""
+    if any(update.batch for update in updates.values()):
+        raise InputError("a batch of edits cannot be kept as one; keep each, as batch[i]")
+    tensors = {f"{name}.{part}": getattr(update, part) for name, update in updates.items() for part in ("u", "delta")}
+    content = {"layers": list(updates), "transposed": sorted(transposed), "about": dict(about)}
+    return pack(tensors, {"format": ROWS_FORMAT, "edit": json.dumps(content)})
+
+
+def from_bytes(content: bytes, name: str) -> tuple[dict[str, LowRank], frozenset[str], dict[str, Any]]:
+    """Read what `to_bytes` made; `name` names it in a `FormatError`."""
+    tensors, metadata = unpack(content, name)
+    try:
+        if metadata["format"] == ROWS_FORMAT:
+            told = json.loads(metadata["edit"])
+            updates = {layer: LowRank(tensors[f"{layer}.u"], tensors[f"{layer}.delta"]) for layer in told["layers"]}
+            return updates, frozenset(told["transposed"]), told["about"]
+    except (KeyError, TypeError, ValueError, InputError):
+        pass
+    raise FormatError(
+        f"{name} holds no rows of an edit in the format {ROWS_FORMAT}; it was not written by this version of mendlm"
+    )

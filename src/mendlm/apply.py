@@ -146,6 +146,15 @@ class Edit:
             edit.require_base(model)
         return edit.to(device_of(model))
 
+    def to_bytes(self) -> bytes:
+        """The exact rows and `about` as the content of one safetensors file, as a store keeps them."""
+        return adapter.to_bytes(self.updates, self.transposed, self.about)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str = "the edit") -> Edit:
+        """Read what `to_bytes` made. Raises `FormatError`, naming it by `name`, for anything else."""
+        return cls(*adapter.from_bytes(content, name))
+
     def require_base(self, model: nn.Module) -> None:
         """Raise `FormatError` if the edit says that it was made for another base model."""
         base = self.about.get("base") or {}

@@ -24,7 +24,7 @@ ROOT = "0" * 64
 LONGEST = 4 * 2**20
 """Characters that one entry may have."""
 STATES = ("active", "undone", "superseded")
-_TEXT = {"kind": str, "time": str, "author": str, "reason": str}
+_TEXT: dict[str, type] = {"kind": str, "time": str, "author": str, "reason": str}
 _FIELDS: dict[str, dict[str, type]] = {
     "add": _TEXT | {"request": dict, "base": dict, "editor": dict, "file": str, "size": int, "stack": list, "checks": dict},
     "undo": _TEXT | {"edit": str},
@@ -59,7 +59,7 @@ class Record:
     author: str
     reason: str
     request: Mapping[str, Any]
-    """`prompt`, `target`, `chat`, `scale`, `rephrasings`, `unrelated`, ..."""
+    """`prompt`, `target`, `chat`, `scale`, `rephrasings`, `unrelated`, ...; empty for an edit that was not made from words."""
     base: Mapping[str, Any]
     """The model that it is for: `name`, `sha256`, ..."""
     editor: Mapping[str, Any]
@@ -71,7 +71,7 @@ class Record:
     stack: tuple[str, ...]
     """The edits that were active when it was made."""
     checks: Mapping[str, Any]
-    """What was measured: `passed`, and `probes` with `kind`, `prompt`, `before`, `after`, `wanted`, `ok`, ..."""
+    """What the gate saw (`mendlm.gate.Checks`): `passed`, and `asked` with `kind`, `prompt`, `before`, `after`, `ok`, ..."""
     state: Literal["active", "undone", "superseded"]
     superseded_by: str | None
     """The edit of the same prompt and form that took its place, while it is superseded."""
@@ -85,6 +85,10 @@ class Record:
         """The id that the edit had where it was made."""
         return self.id if self.imported is None else str(self.imported["id"])
 
+    def to_json(self) -> dict[str, Any]:
+        """As a service sends it."""
+        return {**vars(self), "stack": list(self.stack), "supersedes": list(self.supersedes)}
+
 
 class History:
     """What a journal of edits for `base` amounts to, entry by entry."""
@@ -92,8 +96,9 @@ class History:
     def __init__(self, base: Mapping[str, Any]) -> None:
         self.base, self.number, self.head = base, 0, ROOT
         self._added: dict[str, tuple[int, dict[str, Any]]] = {}
-        self._piles: dict[tuple[str, bool], list[str]] = {}
+        self._piles: dict[tuple[str, bool, str], list[str]] = {}
         self._replaced: dict[str, tuple[str, ...]] = {}
+        self._turned: dict[str, int] = {}
 
     def append(self, entry: Entry) -> None:
         """Take the next entry in. Raises `FormatError`, and stays as it is, for one that does not follow, has changed, or
@@ -116,7 +121,7 @@ class History:
         edit = body.get("edit", entry.id)
         if body["kind"] == "add":
             self._added[edit] = entry.number, body
-        pile = self._pile(edit)
+        pile, self._turned[edit] = self._pile(edit), entry.number
         if body["kind"] == "undo":
             pile.remove(edit)
         else:
@@ -134,7 +139,9 @@ class History:
             raise InputError(f"the edit {edit} is active already")
         if kind == "redo" and record.state == "superseded":
             by = record.superseded_by
-            raise InputError(f"the edit {edit} is superseded by {by}, a later one of the same prompt; undo {by} to have it back")
+            raise InputError(
+                f"the edit {edit} is superseded by {by}, a later one of the same prompt; undo {by} to have it back"
+            )
 
     def require_base(self, base: Mapping[str, Any]) -> None:
         """Raise `FormatError` for an edit of another base model."""
@@ -145,8 +152,25 @@ class History:
             )
 
     def _pile(self, edit: str) -> list[str]:
-        request = self._added[edit][1]["request"]
-        return self._piles.setdefault((request["prompt"].strip(), bool(request.get("chat"))), [])
+        return self._piles.setdefault(_place(self._added[edit][1]["request"], edit), [])
+
+    def on_top(self, request: Mapping[str, Any]) -> str | None:
+        """The active edit that an edit with such a request would replace."""
+        return next(iter(self._piles.get(_place(request, ""), [])[-1:]), None)
+
+    def active(self) -> list[Record]:
+        """The active edits, in the order in which they were added."""
+        tops = [pile[-1] for pile in self._piles.values() if pile]
+        return [self.record(edit) for edit in sorted(tops, key=lambda edit: self._added[edit][0])]
+
+    def undone(self) -> list[str]:
+        """The ids of the edits that are undone, the one that was undone last at the end."""
+        out = [edit for edit in self._added if edit not in self._pile(edit)]
+        return sorted(out, key=self._turned.__getitem__)
+
+    def ids(self) -> list[str]:
+        """The ids of all edits, in the order in which they were added."""
+        return list(self._added)
 
     def record(self, edit: str) -> Record:
         """The record of an edit, by its whole id."""
@@ -174,6 +198,12 @@ class History:
     def files(self) -> dict[str, int]:
         """The files that the journal names, with their sizes."""
         return {body["file"]: body["size"] for _, body in self._added.values()}
+
+
+def _place(request: Mapping[str, Any], edit: str) -> tuple[str, bool, str]:
+    """Which pile an edit lies on: its prompt's, in its form; one without a prompt lies alone."""
+    prompt = request.get("prompt")
+    return ("", False, edit) if prompt is None else (prompt.strip(), bool(request.get("chat")), "")
 
 
 def following(number: int, parent: str, body: Mapping[str, Any]) -> Entry:
@@ -220,15 +250,15 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def _details(body: Mapping[str, Any]) -> dict[str, bool]:
-    request, probes, imported = body["request"], body["checks"].get("probes", []), body.get("imported")
+    request, asked, imported = body["request"], body["checks"].get("asked", []), body.get("imported")
     return {
-        "request.prompt": isinstance(request.get("prompt"), str),
+        "request.prompt": isinstance(request.get("prompt", ""), str),
         "request.chat": isinstance(request.get("chat", False), bool),
         "base.sha256": isinstance(body["base"].get("sha256"), str),
         "file": re.fullmatch("[0-9a-f]{64}", body["file"]) is not None,
         "size": body["size"] > 0,
         "stack": all(isinstance(edit, str) for edit in body["stack"]),
-        "checks.probes": isinstance(probes, list) and all(isinstance(probe, dict) for probe in probes),
+        "checks.asked": isinstance(asked, list) and all(isinstance(one, dict) for one in asked),
         "imported.id": imported is None or isinstance(imported.get("id"), str),
     }
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from mendlm.editor import Editor
 from mendlm.errors import GateError, InputError
 from mendlm.gate import Checks, Gate, OnFail, ask, judge, load_guards, questions
 from mendlm.models import STARTER, base_of, device_of, load
-from mendlm.store import Record, Store
+from mendlm.store import Addition, Store
 from mendlm.tasks import EditExample, Probe
 from mendlm.tasks.base import is_question
 from mendlm.text import Formatter
@@ -34,10 +34,15 @@ class Trial:
     milliseconds: float
     """Making the edit, without the gate."""
 
+    @property
+    def norms(self) -> dict[str, float]:
+        """The Frobenius norm of the change, by layer."""
+        return {name: update.norm().item() for name, update in self.edit.updates.items()}
+
     def to_json(self) -> dict[str, Any]:
-        """As a service sends it; `norms` are the Frobenius norms of the change, by layer."""
-        norms = {name: update.norm().item() for name, update in self.edit.updates.items()}
-        return {**self.checks.to_json(), "replaces": list(self.replaces), "norms": norms, "milliseconds": self.milliseconds}
+        """As a service sends it."""
+        told = {"replaces": list(self.replaces), "norms": self.norms, "milliseconds": self.milliseconds}
+        return {**self.checks.to_json(), **told}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +81,7 @@ class Session:
         self.formatter = Formatter.of(model, tokenizer)
         self._read = functools.lru_cache(maxsize=4096)(self._read_edit)
         self._fused = functools.lru_cache(maxsize=8)(self._fuse)
-        with applied(model, self.active) if self.active else nullcontext():  # raises if the model lacks the layers
+        with _under(model, self.active):  # raises if the model lacks the layers
             pass
 
     @classmethod
@@ -132,7 +137,7 @@ class Session:
         return self._fused(tuple(record.id for record in chosen)) if chosen else None
 
     def _read_edit(self, name: str) -> Edit:
-        return Edit.from_bytes(self.store.content(name)).to(device_of(self.model))
+        return Edit.from_bytes(self.store.content(name), f"the edit {name}").to(device_of(self.model))
 
     def _fuse(self, names: tuple[str, ...]) -> Edit:
         whole = stacked([self._read(name) for name in names])
@@ -189,8 +194,7 @@ class Session:
             trials = self._try(examples, scale=strength, chat=chat, on_base=on_base)
             failed = [trial.checks for trial in trials if not trial.checks.passed]
             if not failed or on_fail == "report":
-                made = zip(trials, examples, strict=True)
-                return [self._keep(trial, example, author, reason) for trial, example in made]
+                return self._keep(trials, examples, author, reason)
         raise GateError(
             f"{len(failed)} of {len(trials)} edits failed the gate at strength {', '.join(f'{s:g}' for s in strengths)} "
             f"({failed[0].failures()}); nothing was changed. Word it differently, or keep it with on_fail='report'",
@@ -213,9 +217,8 @@ class Session:
     def _try(self, examples: Sequence[EditExample], *, scale: float, chat: bool, on_base: bool) -> list[Trial]:
         if self.editor is None:
             raise InputError("this session has no editor; open it with editor=RUN to make edits")
-        replaces = [self.store.conflicts({"prompt": example.prompt, "chat": chat}) for example in examples]
-        gone = {name for names in replaces for name in names}
-        rest = [record.id for record in self.store.active() if record.id not in gone]
+        replaced = [self.store.replaced_by({"prompt": example.prompt, "chat": chat}) for example in examples]
+        rest = [record.id for record in self.store.active() if record.id not in replaced]
         before, below = self.active, self.stack(rest)
         begun = time.perf_counter()
         with _under(self.model, None if on_base else below):
@@ -223,21 +226,26 @@ class Session:
         milliseconds = 1000 * (time.perf_counter() - begun) / max(1, len(edits))
         edits = [replace(one, about={**one.about, "stack": [] if on_base else rest}) for one in edits]
         last = {example.prompt.strip(): edit for example, edit in zip(examples, edits, strict=True)}  # as in the journal
-        after = stacked([*([below] if below else []), *last.values()])
+        after = stacked([*([] if below is None else [below]), *last.values()])
         asked = [[*questions(example, chat=chat), *self.gate.questions()] for example in examples]
         answered = iter(ask(self.model, self.formatter, list(itertools.chain(*asked)), before, after, self.gate.tokens))
         checks = [judge([next(answered) for _ in some], self.gate.needed) for some in asked]
+        replaces = [() if one is None else (one,) for one in replaced]
         return [Trial(*parts, milliseconds) for parts in zip(edits, checks, replaces, strict=True)]
 
-    def _keep(self, trial: Trial, example: EditExample, author: str, reason: str) -> Made:
-        told = {
-            **trial.edit.about["request"],
-            "rephrasings": list(example.rephrasings),
-            "unrelated": [{"prompt": probe.prompt, "answer": probe.answer} for probe in example.unrelated],
-        }
-        edit = replace(trial.edit, about={**trial.edit.about, "request": told})
-        record = self._journal(edit, author=author, reason=reason, checks=trial.checks.to_json())
-        return Made(edit, trial.checks, record.supersedes, trial.milliseconds, record.id)
+    def _keep(self, trials: Sequence[Trial], examples: Sequence[EditExample], author: str, reason: str) -> list[Made]:
+        additions = []
+        for trial, example in zip(trials, examples, strict=True):
+            about = trial.edit.about
+            told = {
+                "rephrasings": list(example.rephrasings),
+                "unrelated": [{"prompt": probe.prompt, "answer": probe.answer} for probe in example.unrelated],
+            }
+            edit = replace(trial.edit, about={**about, "request": {**about["request"], **told}})
+            additions.append(addition(edit, base_of(self.model), {**trial.checks.to_json(), "norms": trial.norms}))
+        records = self.store.add_many(additions, author=author, reason=reason)
+        kept = zip(trials, records, strict=True)
+        return [Made(self._read(r.id), t.checks, r.supersedes, t.milliseconds, r.id) for t, r in kept]
 
     def add(self, edit: Edit, *, author: str = "", reason: str = "", force: bool = False) -> str:
         """Make an edit that exists already active; returns its id. One made for another base is refused unless `force`."""
@@ -246,40 +254,22 @@ class Session:
         with applied(self.model, edit):  # raises if the model lacks its layers
             pass
         stacked([*self.edits.values(), edit])  # raises if that would change the base twice
-        return self._journal(edit, author=author, reason=reason, checks={}).id
-
-    def _journal(self, edit: Edit, *, author: str, reason: str, checks: dict[str, Any]) -> Record:
-        content = edit.to_bytes()
-        file = hashlib.sha256(content).hexdigest()
+        new = addition(edit, base_of(self.model))
+        file = hashlib.sha256(new.content).hexdigest()
         if (same := next((record for record in self.store.active() if record.file == file), None)) is not None:
             raise InputError(f"the edit {same.id} is the same and already active")
-        about = edit.about
-        return self.store.add(
-            content,
-            request=about.get("request") or {},
-            base=about.get("base") or {},
-            editor=about.get("editor") or {},
-            author=author,
-            reason=reason,
-            checks=checks,
-            stack=tuple(about.get("stack") or ()),
-        )
+        return self.store.add(new, author=author, reason=reason).id
 
     def undo(self, name: str | None = None, *, author: str = "", reason: str = "") -> Edit:
-        """Take an edit off, by default the latest; what it had replaced comes back. Returns the edit."""
-        if name is None:
-            active = self.store.active()
-            if not active:
-                raise InputError("there is no active edit to undo")
-            name = active[-1].id
+        """Take an edit off, by default the latest active one; what it had replaced comes back. Returns the edit."""
         return self._read(self.store.undo(name, author=author, reason=reason).id)
 
-    def redo(self, name: str, *, author: str = "", reason: str = "") -> Edit:
-        """Put an undone edit back, in its old place of the stack. Returns the edit."""
-        edit = self._read(self.store.record(name).id)
-        stacked([*(one for key, one in self.edits.items() if key != name), edit])  # raises if the base would change twice
-        self.store.redo(name, author=author, reason=reason)
-        return edit
+    def redo(self, name: str | None = None, *, author: str = "", reason: str = "") -> Edit:
+        """Put an undone edit back in its place of the stack, by default the one undone last. Returns the edit."""
+        if name is not None:
+            name = self.store.record(name).id
+            stacked([*(one for key, one in self.edits.items() if key != name), self._read(name)])  # the base changes once
+        return self._read(self.store.redo(name, author=author, reason=reason).id)
 
     # Answers
 
@@ -310,6 +300,13 @@ def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated
     probes = tuple(probe if isinstance(probe, Probe) else Probe(probe) for probe in unrelated)
     question = is_question(prompt)
     return EditExample(prompt=prompt, target=target, rephrasings=tuple(rephrasings), unrelated=probes, question=question)
+
+
+def addition(edit: Edit, base: Mapping[str, Any], checks: Mapping[str, Any] | None = None) -> Addition:
+    """An edit as a store of that base takes it."""
+    about = edit.about
+    told: dict[str, Any] = {"request": about.get("request") or {}, "editor": about.get("editor") or {}}
+    return Addition(content=edit.to_bytes(), base=base, checks=checks or {}, stack=about.get("stack") or (), **told)
 
 
 def _under(model: Any, edit: Edit | None) -> AbstractContextManager[None]:

@@ -21,9 +21,18 @@ _HASH = "sha256"
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all, with a hash over its tensors and metadata."""
+    write_bytes(path, pack(tensors, metadata))
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What `write_tensors` writes: the same bytes for the same content."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = dict(metadata or {"format": "pt"})
-    write_bytes(path, safetensors.torch.save(contiguous, {**described, _HASH: _content(contiguous, described)}))
+    content = safetensors.torch.save(contiguous, {**described, _HASH: _content(contiguous, described)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()  # safetensors' order of metadata is random
+    header += b" " * (-len(header) % 8)
+    return b"".join([len(header).to_bytes(8, "little"), header, content[end:]])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -35,13 +44,31 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{path} is not a readable safetensors file ({error}); restore it or make it again") from None
+        raise _unreadable(str(path), error) from None
+    return tensors, _checked(str(path), tensors, metadata)
+
+
+def unpack(content: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file's content; `name` names it in a `FormatError`."""
+    try:
+        tensors = safetensors.torch.load(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise _unreadable(name, error) from None
+    return tensors, _checked(name, tensors, metadata)
+
+
+def _unreadable(name: str, error: Exception) -> FormatError:
+    return FormatError(f"{name} is not a readable safetensors file ({error}); restore it or make it again")
+
+
+def _checked(name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
     stored = metadata.pop(_HASH, None)
     if stored is None:
-        raise FormatError(f"{path} holds no hash of its content: it is damaged, or of an earlier version; make it again")
+        raise FormatError(f"{name} holds no hash of its content: it is damaged, or of an earlier version; make it again")
     if stored != _content(tensors, metadata):
-        raise FormatError(f"{path} has changed since it was written: its content does not match its hash; make it again")
-    return tensors, metadata
+        raise FormatError(f"{name} has changed since it was written: its content does not match its hash; make it again")
+    return metadata
 
 
 def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

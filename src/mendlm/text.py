@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from mendlm.errors import InputError, ModelError
@@ -128,10 +129,7 @@ class Formatter:
             raise InputError("the prompt is empty; give the text that the model is to continue or answer")
         if target is not None and not target.strip():
             raise InputError("the target is empty; give the answer that the model should produce")
-        try:
-            f"{prompt}{target}".encode()
-        except UnicodeEncodeError:
-            raise InputError(f"the prompt or target is not valid Unicode text: {ascii(f'{prompt}{target}')[:80]}") from None
+        _require_unicode(f"{prompt}{target}")
         raw = self.render(prompt) if chat else prompt
         ids = self._tokens(raw, special=not chat)
         answer: list[int] = []
@@ -146,18 +144,42 @@ class Formatter:
             answer.append(self.tokenizer.eos_token_id)
         parts = [ids + answer] if self.family == "causal" else [ids, answer]
         for part in parts:
-            if self.window is not None and len(part) > self.window:
-                raise InputError(f"the text has {len(part)} tokens, the model's window {self.window}; shorten {prompt[:60]!r}")
+            self._require_room(part, prompt)
         return Encoded(tuple(ids), tuple(answer), ended)
+
+    def encode_chat(self, turns: Sequence[Mapping[str, str]]) -> Encoded:
+        """A chat of several turns, up to where the assistant's next answer begins, as token ids.
+
+        A turn has a `role` (system, user or assistant) and its `content`. Raises `InputError` for turns that the tokenizer's
+        template does not take (some know no system role), an empty last one, and a chat over the model's window.
+        """
+        for turn in turns:
+            if set(turn) != {"role", "content"} or turn["role"] not in ("system", "user", "assistant"):
+                raise InputError(f"a turn of a chat has a role (system, user or assistant) and its content, got {dict(turn)}")
+            _require_unicode(turn["content"])
+        if not turns or not turns[-1]["content"].strip():
+            raise InputError("the last turn of the chat is empty; give the message that the model is to answer")
+        ids = self._tokens(self._render(turns), special=False)
+        self._require_room(ids, turns[-1]["content"])
+        return Encoded(tuple(ids), ())
+
+    def _require_room(self, ids: Sequence[int], text: str) -> None:
+        if self.window is not None and len(ids) > self.window:
+            raise InputError(f"the text has {len(ids)} tokens, the model's window {self.window}; shorten {text[:60]!r}")
 
     def render(self, prompt: str) -> str:
         """The prompt as a user's turn, up to where the assistant's answer begins, by the tokenizer's template."""
+        return self._render([{"role": "user", "content": prompt}])
+
+    def _render(self, turns: Sequence[Mapping[str, str]]) -> str:
         if self.family == "classifier":
             raise InputError("a classifier takes no chat turns; give it the prompt as it is, without chat")
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError("this model's tokenizer has no chat template; use raw prompts")
-        turns = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template([*turns], tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise InputError(f"this model's chat template refuses the chat: {error}") from None
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
@@ -207,8 +229,8 @@ class Formatter:
                 label.append(token)
                 is_end.append(text.ended and place == len(text.target) - 1)
         if self.family == "encoder-decoder":
-            ids, mask = self._pad([list(text.prompt) for text in texts], left=False)
-            decoder_ids, decoder_mask = self._pad(sequences, left=False)
+            ids, mask = self.pad([list(text.prompt) for text in texts], left=False)
+            decoder_ids, decoder_mask = self.pad(sequences, left=False)
             inputs = {
                 "input_ids": ids,
                 "attention_mask": mask,
@@ -216,12 +238,13 @@ class Formatter:
                 "decoder_attention_mask": decoder_mask,
             }
         else:
-            ids, mask = self._pad(sequences, left=False)
+            ids, mask = self.pad(sequences, left=False)
             inputs = {"input_ids": ids, "attention_mask": mask}
         long = {name: tensor_on(self.device, v) for name, v in (("row", row), ("column", column), ("label", label))}
         return Batch(inputs, **long, is_end=tensor_on(self.device, is_end), size=len(texts))
 
-    def _pad(self, sequences: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    def pad(self, sequences: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+        """Token ids (texts, longest) padded on one side, and the mask of what counts."""
         length = max(map(len, sequences))
         filler = self.tokenizer.pad_token_id or 0  # any id: the mask says what counts
         ids, mask = [], []
@@ -241,7 +264,7 @@ class Formatter:
         if self.family == "classifier":
             batch = self.batch([Encoded(text.prompt, ()) for text in prompts])
             return [(label,) for label in scored_logits(model, batch).argmax(-1).tolist()]
-        ids, mask = self._pad([list(text.prompt) for text in prompts], left=self.family == "causal")
+        ids, mask = self.pad([list(text.prompt) for text in prompts], left=self.family == "causal")
         if self.family == "causal" and self.window is not None:
             max_new_tokens = min(max_new_tokens, self.window - ids.shape[1] + 1)  # the last token is not fed back
         config = copy.deepcopy(model.generation_config)
@@ -271,6 +294,13 @@ class Formatter:
         if self.family == "classifier":
             return " ".join(self.labels[token] for token in tokens)
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the prompt or target is not valid Unicode text: {ascii(text)[:80]}") from None
 
 
 def tensor_on(device: torch.device, values: Sequence[Any]) -> Tensor:

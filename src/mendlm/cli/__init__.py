@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from mendlm.cli import comparing, data, edits, learning, sweeping
+from mendlm.cli import comparing, data, edits, learning, serving, storing, sweeping
 from mendlm.errors import InputError, MendError
 from mendlm.processes import launched
 
@@ -36,9 +36,12 @@ for command in (
     comparing.report,
     edits.export,
     edits.inspect,
+    serving.serve,
 ):
     app.command(name={"evaluate": "eval"}.get(command.__name__, command.__name__))(command)
 app.add_typer(data.app, name="data")
+app.add_typer(storing.app, name="store")
+app.add_typer(serving.token, name="token")
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's `UsageError`, from the click that typer brings along or depends on."""
 

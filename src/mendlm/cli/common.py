@@ -173,13 +173,18 @@ def open_model(
     from_wheel: Path | None = None,
 ) -> tuple[Any, Any]:
     """Load the model and tokenizer, and seed torch."""
-    import torch
-
     from mendlm.models import load
 
-    torch.manual_seed(seed)
+    seeded(seed)
     options: dict[str, Any] = {"device": device, "device_map": device_map, "quantize": quantize, "from_wheel": from_wheel}
     return load(source, revision=revision, dtype=dtype, report=note, **options)
+
+
+def seeded(seed: int) -> None:
+    """Seed torch."""
+    import torch
+
+    torch.manual_seed(seed)
 
 
 def open_editor(editor: str | None, source: str, model: Any, tokenizer: Any, *, force: bool = False) -> Any:

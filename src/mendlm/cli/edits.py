@@ -173,6 +173,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask.")],
     model: common.Model = "starter",
     edits: Annotated[list[Path] | None, typer.Option("--edit", help="An edit folder; may repeat, in order.")] = None,
+    store: Annotated[Path | None, typer.Option("--store", help="A store, whose active edits are applied.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Pose the prompt as a chat turn.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer.")] = 32,
     force: common.Force = False,
@@ -187,9 +188,14 @@ def generate(
 ) -> None:
     """Answer a prompt greedily, with edits applied as overlay."""
     from mendlm.apply import Edit
-    from mendlm.models import device_of
+    from mendlm.models import base_of, device_of
     from mendlm.session import Session
+    from mendlm.store import Store
 
+    if store is not None:
+        if edits:
+            raise InputError("give --edit or --store, not both; `mendlm store DIR add` takes edit folders into a store")
+        Store.open(store).close()
     opened = [Edit.load(folder) for folder in edits or ()]  # a bad one is said before the model is loaded
     loaded, tokenizer = common.open_model(
         model,
@@ -201,8 +207,8 @@ def generate(
         revision=revision,
         from_wheel=from_wheel,
     )
-    session = Session(loaded, tokenizer)
-    names = [session.add(one.to(device_of(loaded)), force=force) for one in opened]
+    session = Session(loaded, tokenizer, store=None if store is None else Store.open(store, base_of(loaded)))
+    names = list(session.edits) or [session.add(one.to(device_of(loaded)), force=force) for one in opened]
     answer = session.answer(prompt, chat=chat, max_new_tokens=max_new_tokens)
     common.emit(json_output, {"prompt": prompt, "chat": chat, "edits": names, "answer": answer}, answer.strip())
 

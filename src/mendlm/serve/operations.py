@@ -1,0 +1,136 @@
+"""What the service does with a session: functions that run alone on the thread that owns it, and return plain JSON.
+
+Knows no HTTP but for the `Problem` that it raises. Ids are whole here: the beginning of one, as the command line takes it,
+could come to mean another edit.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mendlm.apply import Edit
+from mendlm.errors import InputError, NumericalError
+from mendlm.export import export_peft
+from mendlm.files import storing
+from mendlm.journal import Record
+from mendlm.serve.problems import Problem
+from mendlm.serve.schemas import EditRequest, PreviewRequest, Unrelated
+from mendlm.session import Session
+from mendlm.tasks import Probe
+
+Task = Callable[[Session], Any]
+
+
+def list_edits(limit: int, after: str | None, state: str | None) -> Task:
+    """A page of the journal: at most `limit` edits, those behind the edit `after`, those of a state."""
+
+    def task(session: Session) -> dict[str, Any]:
+        records = session.store.records()
+        if after is not None:
+            number = known(session, after).number
+            records = [record for record in records if record.number > number]
+        records = [record for record in records if state in (None, record.state)]
+        page = [record_json(record) for record in records[:limit]]
+        return {"object": "list", "data": page, "head": session.store.head, "has_more": len(records) > limit}
+
+    return task
+
+
+def show(edit: str) -> Task:
+    """One record."""
+    return lambda session: record_json(known(session, edit))
+
+
+def make(asked: EditRequest, author: str) -> Task:
+    """Make an edit."""
+
+    def task(session: Session) -> dict[str, Any]:
+        made = session.edit(
+            asked.prompt, asked.target, on_fail=asked.on_fail, author=author, reason=asked.reason, **_wanted(asked)
+        )
+        told = {"replaces": list(made.replaces), "milliseconds": made.milliseconds, "passed": made.checks.passed}
+        return {"record": record_json(session.store.record(made.id)), **told}
+
+    return task
+
+
+def preview(asked: PreviewRequest) -> Task:
+    """Try an edit on."""
+
+    def task(session: Session) -> dict[str, Any]:
+        told = session.preview(asked.prompt, asked.target, **_wanted(asked)).to_json()
+        try:
+            json.dumps(told, allow_nan=False)
+        except ValueError:
+            raise NumericalError("under this edit the model answers with NaN or infinity; try a smaller scale") from None
+        return told
+
+    return task
+
+
+def turn(kind: str, edit: str, author: str, reason: str) -> Task:
+    """Undo an edit, or redo it."""
+
+    def task(session: Session) -> dict[str, Any]:
+        known(session, edit)
+        try:
+            (session.undo if kind == "undo" else session.redo)(edit, author=author, reason=reason)
+        except InputError as error:
+            raise Problem(409, str(error), "conflict") from None
+        return record_json(session.store.record(edit))
+
+    return task
+
+
+def one_edit(edit: str) -> Task:
+    """An edit's rows."""
+
+    def task(session: Session) -> list[Edit]:
+        return [Edit.from_bytes(session.store.content(known(session, edit).id))]
+
+    return task
+
+
+def active_edits(session: Session) -> list[Edit]:
+    """The rows of all active edits."""
+    found = list(session.edits.values())
+    if not found:
+        raise Problem(404, "no edit is active, so there is no adapter", "no_edit")
+    return found
+
+
+def adapter(edits: Sequence[Edit]) -> bytes:
+    """Edits as one PEFT adapter folder, zipped. Runs on any thread: the rows of an edit never change."""
+    with tempfile.TemporaryDirectory(prefix="mendlm-") as scratch, storing(Path(scratch)):
+        folder, file = Path(scratch) / "adapter", Path(scratch) / "adapter.zip"
+        if len(edits) == 1:
+            edits[0].to("cpu").save(folder)
+        else:
+            export_peft([edit.to("cpu") for edit in edits], folder)
+        with zipfile.ZipFile(file, "w") as archive:
+            for path in sorted(folder.iterdir()):
+                archive.write(path, path.name)
+        return file.read_bytes()
+
+
+def known(session: Session, edit: str) -> Record:
+    """The record of an id. Raises `Problem` if there is none."""
+    found = next((record for record in session.store.records() if record.id == edit), None)
+    if found is None:
+        raise Problem(404, f"there is no edit {edit[:64]!r}; GET /v1/edits lists them", "unknown_edit")
+    return found
+
+
+def record_json(record: Record) -> dict[str, Any]:
+    """A record as it is sent."""
+    return record.to_json()
+
+
+def _wanted(asked: PreviewRequest) -> Mapping[str, Any]:
+    unrelated = [Probe(one.prompt, one.answer) if isinstance(one, Unrelated) else Probe(one) for one in asked.unrelated]
+    return {"rephrasings": asked.rephrasings, "unrelated": unrelated, "scale": asked.scale, "chat": asked.chat}

@@ -1,0 +1,665 @@
+"""The service over HTTP: its forms, who may do what, hostile input, and a real server that is ended while it works."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import sqlite3
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("httpx2")
+
+from fastapi.testclient import TestClient
+
+from mendlm.apply import Edit
+from mendlm.errors import StorageError
+from mendlm.gate import Gate, Guard
+from mendlm.serve import schemas, tokens
+from mendlm.serve.app import create_app
+from mendlm.serve.door import Rules
+from mendlm.serve.worker import Closed, Limits, TimedOut, Worker
+from test_session import PROMPTS, new_session
+
+HERE = "http://127.0.0.1"
+EDIT = {"prompt": PROMPTS[0], "target": "a baker", "scale": 5.0}
+LIMITS = Limits(gather_ms=0, max_tokens=40, prompt_tokens=100)
+
+
+class Service:
+    """A service on a tiny model, and a client of it."""
+
+    def __init__(
+        self, *, limits: Limits = LIMITS, rules: Rules | None = None, token_file: Path | None = None, **session: Any
+    ) -> None:
+        self.session = new_session(**session)
+        self.worker = Worker(self.session, limits)
+        self.worker.start()
+        known = None if token_file is None else tokens.Tokens(token_file)
+        self.app = create_app(self.worker, tokens=known, name="tiny", rules=rules)
+        self.http = TestClient(self.app, base_url=HERE)
+
+    def ask(self, method: str, path: str, body: Any = None, *, status: int = 200, **more: Any) -> Any:
+        given = {} if body is None else {"json": body}
+        answer = self.http.request(method, path, **given, **more)
+        assert answer.status_code == status, answer.text
+        if status >= 400:
+            check_error(answer)
+        return answer.json()
+
+    def edit(self, **change: Any) -> dict[str, Any]:
+        return self.ask("POST", "/v1/edits", {**EDIT, **change}, status=201)
+
+
+def check_error(answer: Any) -> dict[str, Any]:
+    """Every error has OpenAI's form and says nothing about the server."""
+    told = schemas.ErrorBody.model_validate_json(answer.content, strict=True)
+    for secret in ("Traceback", "/tmp", "site-packages", "mendlm/", ".py", "sqlite"):
+        assert secret not in answer.text
+    assert answer.headers["content-type"] == "application/json"
+    check_headers(answer)
+    return told.model_dump()["error"]
+
+
+def check_headers(answer: Any) -> None:
+    headers = answer.headers
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["cache-control"] == "no-store"
+    assert "server" not in headers
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    made = Service()
+    yield made
+    made.worker.close(10)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Service]:
+    """One service for the tests that leave it as it is, and those that do not care."""
+    made = Service(limits=Limits(gather_ms=0, max_tokens=8, prompt_tokens=100))
+    yield made
+    made.worker.close(10)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[tuple[Service, dict[str, dict[str, str]]]]:
+    """A service with tokens, and the headers of each role."""
+    file = tmp_path / "tokens.json"
+    headers = {role: {"Authorization": f"Bearer {tokens.add(file, f'a {role}er', role)}"} for role in tokens.ROLES}
+    made = Service(token_file=file)
+    yield made, headers
+    made.worker.close(10)
+
+
+# Edits
+
+
+def test_an_edit_from_its_making_to_its_redoing(service: Service) -> None:
+    base = service.ask("POST", "/v1/completions", {"prompt": PROMPTS[0]})["choices"][0]["text"]
+    tried = service.ask("POST", "/v1/preview", {**EDIT, "unrelated": [PROMPTS[1]]})
+    schemas.Preview.model_validate(tried)
+    assert [one["kind"] for one in tried["asked"]] == ["prompt", "unrelated"]
+    assert service.ask("GET", "/v1/edits") == {"object": "list", "data": [], "head": "0" * 64, "has_more": False}
+
+    made = service.edit(
+        rephrasings=["Ana is"], unrelated=["Why?", {"prompt": "Who?", "answer": "Bo"}], author="Ana", reason="so"
+    )
+    schemas.MadeEdit.model_validate(made)
+    record = made["record"]
+    assert (record["author"], record["reason"], record["state"], record["number"]) == ("Ana", "so", "active", 1)
+    assert record["request"]["unrelated"] == [{"prompt": "Why?", "answer": None}, {"prompt": "Who?", "answer": "Bo"}]
+    assert record == service.session.store.record(record["id"]).to_json()
+    assert made["passed"] == record["checks"]["passed"]
+    assert [one["kind"] for one in record["checks"]["asked"]] == ["prompt", "rephrasing", "unrelated", "unrelated"]
+    assert record["checks"]["norms"] == service.session.store.record(record["id"]).checks["norms"]
+
+    path = f"/v1/edits/{record['id']}"
+    assert service.ask("GET", path) == record
+    under = service.ask("POST", "/v1/completions", {"prompt": PROMPTS[0]})["choices"][0]["text"]
+    assert under == service.session.answer(PROMPTS[0], max_new_tokens=16) != base
+    undone = service.ask("DELETE", path, params={"author": "Bo", "reason": "no"})
+    assert undone["state"] == "undone"
+    assert service.ask("POST", "/v1/completions", {"prompt": PROMPTS[0]})["choices"][0]["text"] == base
+    assert service.ask("DELETE", path, status=409)["error"]["code"] == "conflict"
+    assert service.ask("POST", f"{path}/redo")["state"] == "active"
+    assert service.ask("POST", f"{path}/redo", status=409)["error"]["code"] == "conflict"
+    assert service.ask("POST", "/v1/completions", {"prompt": PROMPTS[0]})["choices"][0]["text"] == under
+
+
+def test_a_second_edit_of_a_prompt_supersedes_the_first(service: Service) -> None:
+    first = service.edit()["record"]["id"]
+    assert service.ask("POST", "/v1/preview", {**EDIT, "target": "Bo"})["replaces"] == [first]
+    made = service.edit(target="Bo")
+    assert made["replaces"] == [first]
+    states = {one["id"]: (one["state"], one["superseded_by"]) for one in service.ask("GET", "/v1/edits")["data"]}
+    assert states == {first: ("superseded", made["record"]["id"]), made["record"]["id"]: ("active", None)}
+    assert service.ask("POST", f"/v1/edits/{first}/redo", status=409)
+
+
+def test_pages_of_the_list(service: Service) -> None:
+    ids = [service.edit(prompt=f"Who is {who}?")["record"]["id"] for who in ("Ana", "Bo", "Cy")]
+    service.ask("DELETE", f"/v1/edits/{ids[1]}")
+    page_, after, found = None, {}, []
+    while page_ is None or page_["has_more"]:
+        page_ = service.ask("GET", "/v1/edits", params={"limit": 1, **after})
+        schemas.EditList.model_validate(page_)
+        found += [one["id"] for one in page_["data"]]
+        after = {"after": found[-1]}
+    assert found == ids
+    assert page_["head"] == service.session.store.head
+    assert [one["id"] for one in service.ask("GET", "/v1/edits", params={"state": "active"})["data"]] == [ids[0], ids[2]]
+    service.ask("GET", "/v1/edits", params={"after": "none"}, status=404)
+    for bad in ({"limit": 0}, {"limit": "x"}, {"limit": 1001}, {"state": "x"}, {"after": "a" * 65}):
+        service.ask("GET", "/v1/edits", params=bad, status=400)
+
+
+def test_a_refused_edit_is_a_conflict_that_says_why() -> None:
+    service = Service(gate=Gate(guards=(Guard(PROMPTS[1]),), on_fail="refuse"))
+    error = service.ask("POST", "/v1/edits", {**EDIT, "scale": 50.0}, status=409)["error"]
+    assert error["code"] == "gate_refused"
+    assert not error["checks"][0]["passed"]
+    assert {one["kind"] for one in error["checks"][0]["asked"]} == {"prompt", "guard"}
+    assert service.ask("GET", "/v1/edits")["data"] == []
+    assert service.edit(scale=50.0, on_fail="report")["passed"] is False
+    service.worker.close(10)
+
+
+def test_ids_are_whole(service: Service) -> None:
+    name = service.edit()["record"]["id"]
+    for wrong in (name[:6], name + "0", "x", "%00", "a" * 3000, "..%2F..%2Fetc"):
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/redo"), ("GET", "/adapter")):
+            service.ask(method, f"/v1/edits/{wrong}{path}", status=404)
+    assert (
+        service.ask("POST", "/v1/completions", {"prompt": "a", "edits": ["x"]}, status=404)["error"]["code"] == "unknown_edit"
+    )
+
+
+def test_adapters_hold_the_edits(service: Service, tmp_path: Path) -> None:
+    assert service.ask("GET", "/v1/adapter", status=404)["error"]["code"] == "no_edit"
+    one, two = service.edit()["record"]["id"], service.edit(prompt=PROMPTS[1], target="Lyon")["record"]["id"]
+    for path, wanted in ((f"/v1/edits/{two}/adapter", service.session.edits[two]), ("/v1/adapter", service.session.active)):
+        answer = service.http.get(path)
+        assert answer.headers["content-type"] == "application/zip"
+        check_headers(answer)
+        folder = tmp_path / path.replace("/", "-")
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            assert {"adapter_config.json", "adapter_model.safetensors", "edit.json"} <= set(archive.namelist())
+            archive.extractall(folder)
+        assert str(tmp_path) not in (folder / "edit.json").read_text()
+        edit = Edit.load(folder)
+        for name, update in wanted.updates.items():
+            assert edit.updates[name].dense().equal(update.dense())
+    assert one in service.session.edits
+
+
+# Completions
+
+
+def test_completions_are_those_of_the_session(service: Service) -> None:
+    answer = service.ask("POST", "/v1/completions", {"prompt": PROMPTS, "max_tokens": 6, "model": "tiny", "user": "me", "n": 1})
+    schemas.Completion.model_validate(answer)
+    assert [one["text"] for one in answer["choices"]] == service.session.answers(PROMPTS, max_new_tokens=6)
+    lengths = [len(service.session.formatter.encode(prompt, None).prompt) for prompt in PROMPTS]
+    said = answer["usage"]
+    assert said["prompt_tokens"] == sum(lengths)
+    assert said["total_tokens"] == said["prompt_tokens"] + said["completion_tokens"]
+    assert {one["finish_reason"] for one in answer["choices"]} <= {"stop", "length"}
+    chat = service.ask("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 6})
+    schemas.ChatCompletion.model_validate(chat)
+    assert chat["choices"][0]["message"]["content"] == service.session.answer(PROMPTS[0], chat=True, max_new_tokens=6)
+    parts = [{"type": "text", "text": part} for part in (PROMPTS[0][:3], PROMPTS[0][3:])]
+    again = service.ask(
+        "POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}], "max_completion_tokens": 6}
+    )
+    assert again["choices"] == chat["choices"]
+
+
+def test_each_request_names_its_edits(service: Service) -> None:
+    base = service.ask("POST", "/v1/completions", {"prompt": PROMPTS[0]})["choices"]
+    one, two = service.edit()["record"]["id"], service.edit(prompt=PROMPTS[1], target="Lyon")["record"]["id"]
+    answers = {
+        key: service.ask("POST", "/v1/completions", {"prompt": PROMPTS[0], "edits": edits})["choices"]
+        for key, edits in (("base", []), ("one", [one]), ("both", [one, two]), ("active", None))
+    }
+    assert answers["base"] == base
+    assert answers["both"] == answers["active"] != base
+    service.ask("DELETE", f"/v1/edits/{two}")
+    assert answers["one"] == service.ask("POST", "/v1/completions", {"prompt": PROMPTS[0]})["choices"]
+
+
+def events(text: str) -> list[Any]:
+    lines = [line for line in text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stream_adds_up_to_the_whole(shared: Service, chat: bool) -> None:
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": PROMPTS[0]}]} if chat else {"prompt": PROMPTS}
+    body = {**body, "max_tokens": 6, "temperature": 1.0, "seed": 3}
+    whole = shared.ask("POST", path, body)
+    answer = shared.http.post(path, json={**body, "stream": True, "stream_options": {"include_usage": True}})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    check_headers(answer)
+    *chunks, last = events(answer.text)
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    texts, ends = [""] * len(whole["choices"]), [""] * len(whole["choices"])
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        assert (chunk["usage"], chunk["id"]) == (None, last["id"])
+        texts[choice["index"]] += (choice["delta"].get("content") or "") if chat else choice["text"]
+        ends[choice["index"]] = choice["finish_reason"] or ends[choice["index"]]
+    assert texts == [one["message"]["content"] if chat else one["text"] for one in whole["choices"]]
+    assert ends == [one["finish_reason"] for one in whole["choices"]]
+    assert chunks[0]["object"] == ("chat.completion.chunk" if chat else "text_completion")
+    assert len(chunks) > 4
+
+
+def test_what_would_change_the_answer_is_refused(shared: Service) -> None:
+    text = {"prompt": "a", "max_tokens": 2}
+    neutral = {
+        "n": 1, "best_of": 1, "echo": False, "suffix": None, "logprobs": None, "logit_bias": {}, "frequency_penalty": 0,
+        "presence_penalty": 0.0, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "user": "u",
+        "metadata": {"a": "b"}, "store": False, "stop": None, "seed": None, "stream": False, "service_tier": "auto",
+    }  # fmt: skip
+    shared.ask("POST", "/v1/completions", {**text, **neutral})
+    for field, value in (
+        ("n", 2),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "b"),
+        ("logprobs", 0),
+        ("logprobs", True),
+        ("top_logprobs", 1),
+        ("logit_bias", {"5": 1}),
+        ("frequency_penalty", 0.1),
+        ("presence_penalty", True),
+        ("tools", [{}]),
+        ("tool_choice", {}),
+        ("response_format", {"type": "json_object"}),
+        ("reasoning_effort", "high"),
+    ):
+        error = shared.ask("POST", "/v1/completions", {**text, field: value}, status=400)["error"]
+        assert f"'{field}' is not supported" in error["message"]
+
+
+TURN = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("completions", {}, "prompt", "required"),
+        ("completions", {"prompt": [1, 2]}, None, "token ids"),
+        ("completions", {"prompt": [[1]]}, None, "token ids"),
+        ("completions", {"prompt": []}, "prompt", "at least 1"),
+        ("completions", {"prompt": ""}, "prompt", "at least 1"),
+        ("completions", {"prompt": ["a"] * 33}, "prompt", "at most 32"),
+        ("completions", {"prompt": "a" * 70_000}, "prompt", "at most 65536"),
+        ("completions", {"prompt": "a " * 300}, None, "allows at most 100"),
+        ("completions", {"prompt": " "}, None, "empty"),
+        ("completions", {"prompt": "a", "temprature": 1}, "temprature", "not permitted"),
+        ("completions", {"prompt": "a", "temperature": 3}, "temperature", "2"),
+        ("completions", {"prompt": "a", "temperature": "1"}, "temperature", "number"),
+        ("completions", {"prompt": "a", "temperature": True}, "temperature", "number"),
+        ("completions", {"prompt": "a", "top_p": 0}, "top_p", "greater than 0"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "1"),
+        ("completions", {"prompt": "a", "max_tokens": 1.5}, "max_tokens", "integer"),
+        ("completions", {"prompt": "a", "max_tokens": 9}, None, "at most 8"),
+        ("completions", {"prompt": "a", "seed": -1}, "seed", "0"),
+        ("completions", {"prompt": "a", "seed": 2**63}, "seed", "less than"),
+        ("completions", {"prompt": "a", "stop": ["a"] * 5}, "stop", "at most 4"),
+        ("completions", {"prompt": "a", "stop": ""}, "stop", "at least 1"),
+        ("completions", {"prompt": "a", "edits": "x"}, "edits", "list"),
+        ("completions", {"prompt": "a", "edits": ["x"] * 1025}, "edits", "1024"),
+        ("completions", {"prompt": "a", "stream_options": {"include_usage": True}}, None, "stream"),
+        ("chat/completions", {"messages": []}, "messages", "at least 1"),
+        ("chat/completions", {"messages": [TURN] * 257}, "messages", "256"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "user"),
+        ("chat/completions", {"messages": [{**TURN, "tool_calls": [{}]}]}, "messages.0.tool_calls", "None"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "text"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+        ("chat/completions", {"messages": [TURN], "max_tokens": 1, "max_completion_tokens": 2}, None, "one of them"),
+        ("edits", {"prompt": "a"}, "target", "required"),
+        ("edits", {"prompt": "a", "target": " "}, None, "empty"),
+        ("edits", {"prompt": "a", "target": "b", "scale": 0}, "scale", "greater than 0"),
+        ("edits", {"prompt": "a", "target": "b", "on_fail": "ignore"}, "on_fail", "report"),
+        ("edits", {"prompt": "a", "target": "b", "rephrasings": ["a"] * 33}, "rephrasings", "32"),
+        ("edits", {"prompt": "a", "target": "b", "unrelated": [{"prompt": "a", "x": 1}]}, None, ""),
+        ("edits", {"prompt": "a", "target": "b", "author": "a" * 201}, "author", "200"),
+        ("edits", {"prompt": "a\0" * 4000, "target": "b"}, None, "window"),
+        ("preview", {"prompt": "a", "target": "b", "reason": "c"}, "reason", "not permitted"),
+        ("preview", [1], None, "object"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_said_to_be_bad(shared: Service, path: str, body: Any, param: str | None, words: str) -> None:
+    error = shared.ask("POST", f"/v1/{path}", body, status=400)["error"]
+    assert words in error["message"]
+    if param is not None:
+        assert error["param"] == param
+
+
+def test_a_model_that_is_not_served(shared: Service) -> None:
+    for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [TURN]})):
+        error = shared.ask("POST", f"/v1/{path}", {**body, "model": "gpt-4"}, status=404)["error"]
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert [card["id"] for card in shared.ask("GET", "/v1/models")["data"]] == ["tiny"]
+    assert shared.ask("GET", "/v1/models/tiny")["id"] == "tiny"
+    shared.ask("GET", "/v1/models/org/other", status=404)
+
+
+# What the worker has to say
+
+
+def test_what_the_worker_refuses(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold, held = threading.Event(), threading.Event()
+    service.worker.limits = Limits(waiting=1)
+    blocked = service.worker.call(lambda session: (held.set(), hold.wait(30)))
+    held.wait(30)
+    waiting = service.worker.call(lambda session: None)
+    for method, path, body in (
+        ("POST", "/v1/completions", {"prompt": "a"}),
+        ("GET", "/v1/edits", None),
+        ("POST", "/v1/edits", EDIT),
+    ):
+        answer = service.http.request(method, path, json=body)
+        assert answer.status_code == 429
+        assert check_error(answer)["type"] == "rate_limit_error"
+        assert answer.headers["retry-after"] == "1"
+    assert service.ask("GET", "/healthz") == {"status": "ok"}
+    hold.set()
+    blocked.result(30), waiting.result(30)
+
+    def raising(error: Exception) -> Any:
+        def task(*_: Any, **__: Any) -> None:
+            raise error
+
+        return task
+
+    full = sqlite3.OperationalError("database or disk is full at /tmp/x.py")
+    held_by = sqlite3.OperationalError("locked")
+    held_by.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    for error, cause, status in (
+        (StorageError("cannot write /tmp/x.py: no space"), full, 507),
+        (StorageError("the store /tmp is held"), held_by, 503),
+        (TimedOut("no whole answer"), None, 504),
+        (Closed("closing /tmp"), None, 503),
+        (RuntimeError("at /tmp/x.py"), None, 500),
+    ):
+        error.__cause__ = cause
+        monkeypatch.setattr(service.session, "edit", raising(error))
+        service.ask("POST", "/v1/edits", EDIT, status=status)
+    service.worker.close(10)
+    for method, path, body in (
+        ("POST", "/v1/completions", {"prompt": "a"}),
+        ("GET", "/v1/edits", None),
+        ("GET", "/healthz", None),
+    ):
+        service.ask(method, path, body, status=503)
+
+
+def test_an_answer_that_comes_too_late() -> None:
+    service = Service(limits=Limits(seconds=0.001, max_tokens=100))
+    assert service.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 100}, status=504)["error"]["code"] == "too_late"
+    assert service.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 100, "stream": True}, status=504)
+    service.worker.close(10)
+
+
+# Who may
+
+
+def test_roles(guarded: tuple[Service, dict[str, dict[str, str]]]) -> None:
+    service, headers = guarded
+    reads = [
+        ("GET", "/v1/edits", None), ("GET", "/v1/models", None), ("GET", "/metrics", None), ("POST", "/v1/preview", EDIT),
+        ("POST", "/v1/completions", {"prompt": "a"}), ("POST", "/v1/chat/completions", {"messages": [TURN]}),
+    ]  # fmt: skip
+    changes = [
+        ("POST", "/v1/edits", EDIT),
+        ("DELETE", "/v1/edits/x", None),
+        ("POST", "/v1/edits/x/redo", None),
+        ("PUT", "/new", {}),
+    ]
+    wrong = {
+        "none": {},
+        "empty": {"Authorization": ""},
+        "basic": {"Authorization": headers["edit"]["Authorization"].replace("Bearer", "Basic")},
+        "other": {"Authorization": "Bearer mendlm_other"},
+        "cut": {"Authorization": headers["edit"]["Authorization"][:-1]},
+        "bytes": {"Authorization": b"Bearer \xff\xfe"},
+    }
+    for method, path, body in reads + changes:
+        for how in wrong.values():
+            answer = service.http.request(method, path, json=body, headers=how)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert check_error(answer)["type"] == "authentication_error"
+    both = [("Authorization", headers[role]["Authorization"]) for role in ("read", "edit")]
+    assert service.http.get("/v1/edits", headers=both).status_code == 400
+    for method, path, body in reads:
+        assert service.http.request(method, path, json=body, headers=headers["read"]).status_code == 200
+    for method, path, body in changes:
+        answer = service.http.request(method, path, json=body, headers=headers["read"])
+        assert (answer.status_code, check_error(answer)["type"]) == (403, "permission_error")
+    assert service.session.store.records() == []
+    made = service.ask("POST", "/v1/edits", {**EDIT, "author": "Ana"}, status=201, headers=headers["edit"])
+    assert made["record"]["author"] == "Ana (token a editer)"
+    other = service.ask("POST", "/v1/edits", {**EDIT, "prompt": "b"}, status=201, headers=headers["edit"])
+    assert other["record"]["author"] == "a editer"
+    path = f"/v1/edits/{made['record']['id']}"
+    assert service.ask("DELETE", path, headers=headers["edit"])["state"] == "undone"
+    for public in ("/healthz", "/openapi.json"):
+        assert service.http.get(public).status_code == 200
+    assert service.http.get("/nothing").status_code == 401
+    assert service.http.post("/healthz").status_code == 401
+    described = service.http.get("/openapi.json").json()
+    assert described["security"] == [{"token": []}]
+
+
+def test_a_service_whose_tokens_are_gone_is_closed_to_all(guarded: tuple[Service, dict[str, dict[str, str]]]) -> None:
+    service, headers = guarded
+    service.ask("GET", "/v1/edits", headers=headers["read"])
+    service.app.user_middleware[0].kwargs["tokens"].path.unlink()
+    error = service.ask("GET", "/v1/edits", headers=headers["read"], status=503)["error"]
+    assert error["code"] == "no_tokens"
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "", "[::1", "localhost.evil.example:8000", "0.0.0.0"]
+)
+def test_without_tokens_the_host_must_be_this_machine(shared: Service, host: str) -> None:
+    for method, path in (("GET", "/v1/edits"), ("GET", "/"), ("POST", "/v1/preview")):
+        assert shared.ask(method, path, status=403, headers={"Host": host})["error"]["code"] == "host"
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:80", "127.8.9.1:1"])
+def test_this_machine_has_several_names(shared: Service, host: str) -> None:
+    assert shared.ask("GET", "/healthz", headers={"Host": host})
+
+
+def test_without_tokens_no_other_page_may_change_anything(shared: Service) -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:9000"},
+        {"Origin": "https://127.0.0.1"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ):
+        assert shared.ask("POST", "/v1/completions", body, status=403, headers=headers)["error"]["code"] == "origin"
+    for headers in ({"Origin": HERE}, {"Sec-Fetch-Site": "same-origin"}, {}):
+        shared.ask("POST", "/v1/completions", body, headers=headers)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "application/vnd.api+json"):
+        answer = shared.http.post("/v1/completions", content=json.dumps(body), headers={"Content-Type": kind})
+        assert (answer.status_code, check_error(answer)["code"]) == (415, "content_type")
+    answer = shared.http.post(
+        "/v1/completions", content=b"x", headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    )
+    assert answer.status_code == 415
+    assert (
+        "access-control-allow-origin" not in shared.http.options("/v1/edits", headers={"Origin": "http://evil.example"}).headers
+    )
+
+
+# Hostile input
+
+
+def raw(service: Service, content: Any, path: str = "/v1/edits", **headers: str) -> Any:
+    answer = service.http.post(path, content=content, headers={"Content-Type": "application/json", **headers})
+    check_error(answer)
+    return answer
+
+
+def test_a_body_has_a_largest_size_whatever_it_says() -> None:
+    service = Service(rules=Rules(body=1000))
+    large = json.dumps({**EDIT, "reason": "a" * 1000}).encode()
+    assert raw(service, large).status_code == 413
+    assert raw(service, iter([large[:600], large[600:]])).status_code == 413  # in chunks: no length is said
+    assert raw(service, b"{}", **{"Content-Length": "9" * 30}).status_code == 413
+    assert raw(service, iter([b"a" * 900] * 5), path="/nothing").status_code == 413
+    service.worker.close(10)
+
+
+def test_a_body_that_does_not_come(shared: Service) -> None:
+    async def never() -> Any:
+        await asyncio.sleep(30)
+
+    async def cut() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def ask(receive: Any) -> int:
+        said: list[Any] = []
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/edits", "headers": [(b"host", b"localhost")], "scheme": "http"}
+        app = create_app(shared.worker, rules=Rules(seconds=0.05))
+        await app(
+            {**scope, "asgi": {"version": "3.0"}, "query_string": b"", "raw_path": b"/v1/edits", "root_path": ""}, receive, send
+        )
+        return int(said[0]["status"])
+
+    assert asyncio.run(ask(never)) == 408
+    assert asyncio.run(ask(cut)) == 400
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{", b"\xff\xfe", b"", b"null", b"1", b'"a"', b"[" * 100_000, b'{"prompt":' * 5000, b"9" * 100_000, b"{} {}",
+        b'{"prompt": "a", "target": "b", "scale": NaN}', b'{"prompt": "a", "target": "b", "scale": Infinity}',
+        b'{"prompt": "a", "target": "b", "scale": 1e999}', b'{"prompt": "a", "target": "b", "x": -Infinity}',
+        b'{"prompt": "\\ud800", "target": "b"}', b'{"prompt": "a", "target": "\\udfff\\ud800"}', b'{"\\ud800": 1}',
+        b'{"prompt": {"prompt": {}}, "target": []}', b'{"prompt": "a", "target": "b", "scale": 1e-400}', b"\xef\xbb\xbf{}",
+        b'{"prompt": "a\xc3", "target": "b"}', b"\0",
+    ],
+)  # fmt: skip
+def test_what_is_no_strict_json_is_refused(shared: Service, content: bytes) -> None:
+    for path in ("/v1/edits", "/v1/preview", "/v1/completions", "/v1/chat/completions"):
+        assert raw(shared, content, path).status_code == 400
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+WORDS = st.text(max_size=12) | st.sampled_from(["\0", "\u202e", "\U0001f600" * 3, " ", "a" * 500, "%s{0}", "<script>"])
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional=dict.fromkeys(("prompt", "target", "author", "reason", "on_fail", "model", "stop"), WORDS | JSON)
+    | {name: JSON | st.lists(WORDS, max_size=3) for name in ("rephrasings", "unrelated", "messages", "edits", "tools")}
+    | {name: JSON | st.integers(-1, 8) for name in ("max_tokens", "seed", "n", "scale", "temperature", "top_p")}
+    | dict.fromkeys(("stream", "chat", "stream_options", "logprobs"), JSON),
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=FIELDS | JSON, path=st.sampled_from(["edits", "preview", "completions", "chat/completions", "edits/x/redo"]))
+def test_nothing_that_is_sent_breaks_it(shared: Service, body: Any, path: str) -> None:
+    answer = shared.http.post(f"/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400:
+        check_error(answer)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+    query=st.dictionaries(st.sampled_from(["limit", "after", "state", "author", "reason", "x"]), WORDS, max_size=3),
+    method=st.sampled_from(["GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS", "TRACE", "BREW"]),
+)
+def test_no_path_breaks_it(shared: Service, path: str, query: dict[str, str], method: str) -> None:
+    from urllib.parse import quote
+
+    for start in ("/", "/v1/edits/", "/v1/models/"):
+        answer = shared.http.request(method, start + quote(path, safe="/"), params=query)
+        assert answer.status_code < 500, answer.text
+        check_headers(answer)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["host", "origin", "authorization", "content-type", "content-length", "sec-fetch-site", "x"]),
+    value=st.binary(max_size=40),
+)
+def test_no_header_breaks_it(shared: Service, name: str, value: bytes) -> None:
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    headers = [(key, old) for key, old in headers if key != name.encode()] + [(name.encode(), value)]
+    said: list[Any] = []
+
+    async def ask() -> None:
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b'{"prompt": "a", "max_tokens": 1}', "more_body": False}
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "scheme": "http", "headers": headers}
+        await shared.app({**scope, "asgi": {"version": "3.0"}, "query_string": b"", "root_path": ""}, receive, send)
+
+    asyncio.run(ask())
+    assert said[0]["status"] < 500
+
+
+def test_too_many_at_a_time(shared: Service) -> None:
+    app = create_app(shared.worker, rules=Rules(requests=0))
+    answer = TestClient(app, base_url=HERE).get("/healthz")
+    assert answer.status_code == 429
+    check_error(answer)
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error(shared: Service) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
+
+    schema = schemathesis.openapi.from_asgi("/openapi.json", shared.app, headers={"Host": "localhost"})
+    checks = [not_a_server_error, content_type_conformance, response_schema_conformance]
+    for operation in schema.get_all_operations():
+        case_of = operation.ok().as_strategy()
+
+        @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=case_of)
+        def run(case: Any) -> None:
+            case.call_and_validate(checks=checks, headers={"Host": "localhost"})
+
+        run()
