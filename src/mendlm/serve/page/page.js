@@ -542,7 +542,7 @@ function item(record, open = false) {
       h("time", { datetime: record.time }, when(record.time)),
       record.author ? h("span", {}, "by ", h("bdi", {}, record.author)) : null),
     told.prompt === undefined ? h("p", { class: "given" }, "Not made from words here: an edit that was brought in.")
-      : h("p", { class: "what", dir: "auto" }, h("bdi", {}, told.prompt), h("span", { class: "arrow" }, h("span", { "aria-hidden": "true" }, "→"), h("span", { class: "unseen" }, " becomes ")), h("b", {}, h("bdi", {}, (told.target ?? "").trim()))),
+      : h("p", { class: "what", dir: "auto" }, h("span", {}, told.prompt), h("span", { class: "arrow" }, h("span", { "aria-hidden": "true" }, "→"), h("span", { class: "unseen" }, " becomes ")), h("b", {}, h("bdi", {}, (told.target ?? "").trim()))),
     record.reason ? h("p", { class: "reason", dir: "auto" }, record.reason) : null,
     h("div", { class: "row" },
       button(turn[0], ({ currentTarget }) => busy(currentTarget, async () => {
