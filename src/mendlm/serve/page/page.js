@@ -35,7 +35,7 @@ const complain = (place, error) => place.replaceChildren(notice(error.message, t
 const button = (text, onclick, attributes = {}) => h("button", { type: "button", onclick, ...attributes }, text);
 const mark = (ok) => h("span", { class: ok ? "mark" : "mark bad" }, ok ? "✓ holds" : "✗ fails");
 const percent = (share) =>
-  share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share > 0.0995 && share < 0.9995 ? 0 : 1).replace(/\.0$/, "")} %`;
+  share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share > 0.0995 && share < 0.99 ? 0 : 1).replace(/\.0$/, "")} %`;
 const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
 const short = (text, length = 60) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
 
@@ -162,15 +162,19 @@ function differences(before, after) {
 }
 
 function marked(parts, tag) {
-  // The words as text, with each run of changed ones in an element; blanks between two changed words belong to the run.
+  // The words as text, with each run of changed ones in an element: blanks between two of them belong to it, line ends do not.
   const runs = [];
   parts.forEach(([word, changed], place) => {
     const between = !word.trim() && parts[place - 1]?.[1] && parts[place + 1]?.[1];
+    const shown = !word.includes("\n") && Boolean(changed || between);
     const last = runs.at(-1);
-    if (last && last[1] === (changed || between)) last[0] += word;
-    else runs.push([word, changed || Boolean(between)]);
+    if (last && last[1] === shown) last[0] += word;
+    else runs.push([word, shown]);
   });
-  return runs.map(([text, changed]) => (changed && text.trim() ? h(tag, {}, text) : text));
+  return runs.flatMap(([text, shown]) => {
+    const [, before, inner, after] = /^(\s*)(.*?)(\s*)$/s.exec(text);
+    return shown && inner ? [before, h(tag, {}, inner), after] : text;
+  });
 }
 
 const spoken = (children, text) =>
@@ -194,7 +198,8 @@ async function answer(which, question, place, signal) {
     for await (const more of streamed(await send(path, { method: "POST", body: { ...body, ...form }, signal }))) text.data = (text.data + more).trimStart();
   } finally {
     card.removeAttribute("aria-busy");
-    if (!text.data.trim()) said.replaceChildren(h("span", { class: "nothing" }, "no text"));
+    text.data = text.data.trimEnd();
+    if (!text.data) said.replaceChildren(h("span", { class: "nothing" }, "no text"));
   }
   return { card, said, title, text: text.data };
 }
@@ -212,13 +217,13 @@ async function ask() {
   $("ask-stop").hidden = false;
   try {
     const answers = await Promise.all((question.base ? ["now", "base"] : ["now"]).map((which) => answer(which, question, place, stopping.signal)));
-    if (answers.length === 2 && answers.every((one) => one.text.trim())) {
+    if (answers.length === 2 && answers.every((one) => one.text)) {
       const [base, now] = differences(answers[1].text, answers[0].text);
       answers[0].said.replaceChildren(...marked(now, "ins"));
       answers[1].said.replaceChildren(...marked(base, "del"));
     }
     answers[0].card.append(h("div", { class: "row" }, button("Correct this answer", correctThis)));
-    say(answers.map((one) => `${one.title}: ${one.text.trim() || "no text"}`).join(". "));
+    say(answers.map((one) => `${one.title}: ${one.text || "no text"}`).join(". "));
   } catch (error) {
     stopping.abort();
     place.append(error.name === "AbortError" ? notice("Stopped.") : notice(error.message, true));
@@ -325,7 +330,7 @@ function asked(all) {
 }
 
 function question(one) {
-  const [was, now] = [one.before.trimStart(), one.after.trimStart()];
+  const [was, now] = [one.before.trim(), one.after.trim()];
   const [before, after] = differences(was, now);
   const of = one.wanted ? `“${one.wanted.trim()}”` : "the earlier answer";
   const keeps = one.wanted && (one.kind === "unrelated" || one.kind === "guard") ? `To keep: ${one.wanted.trim()}` : null;
