@@ -17,7 +17,7 @@ from mendlm.cli import main
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/quickstart.md", "docs/methods.md", "docs/models.md", "docs/baseline.md", "docs/extending.md")
 PAGES += ("docs/performance.md",)
-ELSEWHERE = {"docs/tasks.md": "test_data.py", "docs/many-cards.md": "test_processes.py"}
+ELSEWHERE = {"docs/tasks.md": "test_data.py", "docs/many-cards.md": "test_processes.py", "docs/service.md": "test_serve.py"}
 """Pages whose code another test runs."""
 
 

@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import configparser
+import contextlib
+import hashlib
 import io
 import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("httpx2")
-
-from fastapi.testclient import TestClient
-
+from cases import byte_tokenizer, tiny
 from mendlm.apply import Edit
+from mendlm.checkpoint import save_editor
+from mendlm.cli import app, main
 from mendlm.errors import StorageError
 from mendlm.gate import Gate, Guard
-from mendlm.serve import schemas, tokens
+from mendlm.layers import default_layers
+from mendlm.methods.mend import Mend, MendConfig
+from mendlm.models import base_of, load
+from mendlm.serve import page, schemas, tokens
 from mendlm.serve.app import create_app
 from mendlm.serve.door import Rules
 from mendlm.serve.worker import Closed, Limits, TimedOut, Worker
+from mendlm.store import Store
+from mendlm.text import Formatter
 from test_session import PROMPTS, new_session
 
+httpx = pytest.importorskip("httpx2")
+uvicorn = pytest.importorskip("uvicorn")
+TestClient = pytest.importorskip("fastapi.testclient").TestClient
+
+ROOT = Path(__file__).parent.parent
 HERE = "http://127.0.0.1"
 EDIT = {"prompt": PROMPTS[0], "target": "a baker", "scale": 5.0}
 LIMITS = Limits(gather_ms=0, max_tokens=40, prompt_tokens=100)
@@ -312,7 +335,7 @@ TURN = {"role": "user", "content": "a"}
         ("completions", {"prompt": ""}, "prompt", "at least 1"),
         ("completions", {"prompt": ["a"] * 33}, "prompt", "at most 32"),
         ("completions", {"prompt": "a" * 70_000}, "prompt", "at most 65536"),
-        ("completions", {"prompt": "a " * 300}, None, "allows at most 100"),
+        ("completions", {"prompt": "a " * 60}, None, "allows at most 100"),
         ("completions", {"prompt": " "}, None, "empty"),
         ("completions", {"prompt": "a", "temprature": 1}, "temprature", "not permitted"),
         ("completions", {"prompt": "a", "temperature": 3}, "temperature", "2"),
@@ -550,8 +573,8 @@ def test_a_body_that_does_not_come(shared: Service) -> None:
             said.append(message)
 
         scope = {"type": "http", "method": "POST", "path": "/v1/edits", "headers": [(b"host", b"localhost")], "scheme": "http"}
-        app = create_app(shared.worker, rules=Rules(seconds=0.05))
-        await app(
+        slow = create_app(shared.worker, rules=Rules(seconds=0.05))
+        await slow(
             {**scope, "asgi": {"version": "3.0"}, "query_string": b"", "raw_path": b"/v1/edits", "root_path": ""}, receive, send
         )
         return int(said[0]["status"])
@@ -607,8 +630,6 @@ def test_nothing_that_is_sent_breaks_it(shared: Service, body: Any, path: str) -
     method=st.sampled_from(["GET", "HEAD", "POST", "DELETE", "PUT", "PATCH", "OPTIONS", "TRACE", "BREW"]),
 )
 def test_no_path_breaks_it(shared: Service, path: str, query: dict[str, str], method: str) -> None:
-    from urllib.parse import quote
-
     for start in ("/", "/v1/edits/", "/v1/models/"):
         answer = shared.http.request(method, start + quote(path, safe="/"), params=query)
         assert answer.status_code < 500, answer.text
@@ -626,8 +647,10 @@ def test_no_header_breaks_it(shared: Service, name: str, value: bytes) -> None:
     said: list[Any] = []
 
     async def ask() -> None:
+        coming = [{"type": "http.request", "body": b'{"prompt": "a", "max_tokens": 1}', "more_body": False}]
+
         async def receive() -> Any:
-            return {"type": "http.request", "body": b'{"prompt": "a", "max_tokens": 1}', "more_body": False}
+            return coming.pop() if coming else await asyncio.sleep(60)
 
         async def send(message: Any) -> None:
             said.append(message)
@@ -640,8 +663,8 @@ def test_no_header_breaks_it(shared: Service, name: str, value: bytes) -> None:
 
 
 def test_too_many_at_a_time(shared: Service) -> None:
-    app = create_app(shared.worker, rules=Rules(requests=0))
-    answer = TestClient(app, base_url=HERE).get("/healthz")
+    full = create_app(shared.worker, rules=Rules(requests=0))
+    answer = TestClient(full, base_url=HERE).get("/healthz")
     assert answer.status_code == 429
     check_error(answer)
 
@@ -663,3 +686,413 @@ def test_schemathesis_finds_no_server_error(shared: Service) -> None:
             case.call_and_validate(checks=checks, headers={"Host": "localhost"})
 
         run()
+
+
+# A real server
+
+
+class Live:
+    """A real server in this process, on a free port."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.socket = service, socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(service.app, http="h11", ws="none", lifespan="off", log_level="critical")
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(30)
+
+
+@pytest.fixture
+def live(guarded: tuple[Service, dict[str, dict[str, str]]]) -> Iterator[tuple[Live, str]]:
+    """A real server, and a token that may edit."""
+    made = Live(guarded[0])
+    yield made, guarded[1]["edit"]["Authorization"].removeprefix("Bearer ")
+    made.close()
+
+
+def client_of(live: tuple[Live, str]) -> Any:
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{live[0].url}/v1", api_key=live[1], max_retries=0)
+
+
+def test_the_official_client(live: tuple[Live, str]) -> None:
+    import openai
+
+    service, client = live[0].service, client_of(live)
+    headers = {"Authorization": f"Bearer {live[1]}"}
+    name = service.ask("POST", "/v1/edits", EDIT, status=201, headers=headers)["record"]["id"]
+    session, chat = service.session, [{"role": "user", "content": PROMPTS[0]}]
+    assert [card.id for card in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    texts = {}
+    for key, extra in (("active", {}), ("base", {"edits": []}), ("one", {"edits": [name]})):
+        whole = client.completions.create(model="tiny", prompt=PROMPTS[0], max_tokens=20, extra_body=extra)
+        stream = client.completions.create(model="tiny", prompt=PROMPTS[0], max_tokens=20, extra_body=extra, stream=True)
+        texts[key] = whole.choices[0].text
+        assert "".join(chunk.choices[0].text for chunk in stream) == texts[key]
+    assert texts["active"] == texts["one"] == session.answer(PROMPTS[0], max_new_tokens=20) != texts["base"]
+    said = client.chat.completions.create(model="tiny", messages=chat, max_completion_tokens=20, temperature=1, seed=5, n=1)
+    options = {"include_usage": True}
+    with client.chat.completions.create(
+        model="tiny", messages=chat, max_tokens=20, temperature=1, seed=5, stream=True, stream_options=options
+    ) as stream:
+        chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == said.choices[0].message.content
+    assert chunks[-1].usage == said.usage
+    assert said.usage.total_tokens == said.usage.prompt_tokens + said.usage.completion_tokens
+    for error, call in (
+        (openai.BadRequestError, lambda: client.completions.create(model="tiny", prompt=[1, 2])),
+        (openai.NotFoundError, lambda: client.completions.create(model="gpt-4", prompt="a")),
+        (openai.NotFoundError, lambda: client.completions.create(model="tiny", prompt="a", extra_body={"edits": ["x"]})),
+        (openai.AuthenticationError, lambda: client.with_options(api_key="wrong").models.list()),
+    ):
+        with pytest.raises(error) as caught:
+            call()
+        assert caught.value.body["message"]
+
+
+def test_many_at_once_get_each_their_own_answer(live: tuple[Live, str]) -> None:
+    service, headers = live[0].service, {"Authorization": f"Bearer {live[1]}"}
+    prompts = [*PROMPTS, "Why?", "The river runs", "a", "b c d"]
+    name = service.ask("POST", "/v1/edits", EDIT, status=201, headers=headers)["record"]["id"]
+    bodies = [{"prompt": prompt, "max_tokens": 12, "edits": edits} for prompt in prompts for edits in ([], [name])]
+    with httpx.Client(base_url=live[0].url, headers=headers) as http, ThreadPoolExecutor(8) as pool:
+        alone = [http.post("/v1/completions", json=body).json()["choices"] for body in bodies]
+        for _ in range(3):
+            together = list(pool.map(lambda body: http.post("/v1/completions", json=body).json()["choices"], bodies))
+            assert together == alone
+    assert sum(size for size in service.worker.stats.batches if size > 1) > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_takes_its_rows_along(live: tuple[Live, str], stream: bool) -> None:
+    service = live[0].service
+    service.worker.limits = Limits(gather_ms=0, max_tokens=100, batch=1)  # one after the other: it takes a while
+    body = json.dumps({"prompt": ["a", "b", "c"] * 8, "max_tokens": 100, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live[1]}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", live[0].port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        if stream:
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        else:
+            wait_for(lambda: service.worker.stats.running > 0)
+    wait_for(lambda: sum(service.worker.stats.completions.values()) == 24)
+    assert service.worker.stats.completions["cancelled"] > 15
+    wait_for(
+        lambda: (
+            "mendlm_requests_open 1\n"
+            in httpx.get(f"{live[0].url}/metrics", headers={"Authorization": f"Bearer {live[1]}"}).text
+        )
+    )
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_metrics_are_prometheus_text(service: Service) -> None:
+    service.ask("POST", "/v1/completions", {"prompt": ["a", "b"], "max_tokens": 3})
+    service.edit()
+    service.ask("GET", "/v1/edits/none", status=404)
+    service.ask("GET", "/strange/path", status=404)
+    answer = service.http.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    values, kinds = {}, {}
+    for line in answer.text.splitlines():
+        if found := re.fullmatch(r"# TYPE (\S+) (counter|gauge|histogram)", line):
+            assert found[1] not in kinds
+            kinds[found[1]] = found[2]
+        elif not line.startswith("# HELP "):
+            name, value = re.fullmatch(r'([a-z_]+(?:\{(?:\w+="[^"]*",?)+\})?) (\S+)', line).groups()
+            assert name not in values
+            values[name] = float(value)
+    assert {re.sub(r"_(bucket|sum|count)$|\{.*", "", re.sub(r"\{.*", "", name)) for name in values} == set(kinds)
+    assert values['mendlm_requests_total{method="POST",route="/v1/completions",status="200"}'] == 1
+    assert values['mendlm_requests_total{method="POST",route="/v1/edits",status="201"}'] == 1
+    assert values['mendlm_requests_total{method="GET",route="/v1/edits/{id}",status="404"}'] == 1
+    assert values['mendlm_requests_total{method="GET",route="other",status="404"}'] == 1
+    assert values['mendlm_request_seconds_bucket{route="/v1/edits",le="+Inf"}'] == 1
+    assert values["mendlm_prompt_tokens_total"] == 2
+    assert values["mendlm_completion_tokens_total"] == service.worker.stats.completion_tokens > 0
+    assert values['mendlm_calls_total{outcome="done"}'] == 1
+    assert values['mendlm_calls_total{outcome="failed"}'] == 1
+
+
+# The page, and the description
+
+
+def test_a_page_runs_its_own_code_and_no_other(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    html = b"<!doctype html><script src='a.js'></script><style>p { color: red }</style><script>alert('&amp;')</script>"
+    found = {
+        "index.html": page.File(html, "text/html; charset=utf-8"),
+        "a.js": page.File(b"1", "text/javascript; charset=utf-8"),
+    }
+    monkeypatch.setattr(page, "files", lambda: found)
+    http = TestClient(create_app(shared.worker), base_url=HERE)
+    answer = http.get("/")
+    assert answer.content == html
+    rules = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
+    hashes = {
+        kind: base64.b64encode(hashlib.sha256(text).digest()).decode()
+        for kind, text in (("script", b"alert('&amp;')"), ("style", b"p { color: red }"))
+    }
+    assert rules["script-src"] == f"'self' 'sha256-{hashes['script']}'"
+    assert rules["style-src"] == f"'self' 'sha256-{hashes['style']}'"
+    assert {rules[name] for name in ("default-src", "frame-ancestors", "base-uri", "form-action")} == {"'none'"}
+    assert rules["connect-src"] == "'self'"
+    assert "unsafe" not in str(rules)
+    assert (http.get("/a.js").content, http.get("/a.js").headers["content-type"]) == (b"1", "text/javascript; charset=utf-8")
+    for away in ("/index.html", "/../tokens.py", "/..%2ftokens.py", "/page.py", "/%2e%2e/app.py"):
+        assert http.get(away).status_code == 404
+    monkeypatch.setattr(page, "files", dict)
+    answer = TestClient(create_app(shared.worker), base_url=HERE).get("/")
+    assert answer.status_code == 404
+    check_headers(answer)
+
+
+def test_the_description_lists_every_route_and_needs_no_other_host(shared: Service) -> None:
+    described = shared.ask("GET", "/openapi.json")
+    assert described["openapi"].startswith("3.")
+    assert set(described["paths"]) == {
+        "/v1/edits", "/v1/edits/{id}", "/v1/edits/{id}/redo", "/v1/edits/{id}/adapter", "/v1/adapter", "/v1/preview",
+        "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/metrics",
+    }  # fmt: skip
+    for path, methods in described["paths"].items():
+        for operation in methods.values():
+            assert operation["description"]
+            assert "422" not in operation["responses"], path
+            assert operation["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
+    for gone in ("/docs", "/redoc"):
+        shared.ask("GET", gone, status=404)
+
+
+def test_it_imports_without_its_packages() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['fastapi', 'uvicorn', 'starlette'])); import mendlm.cli.serving\n"
+        "from mendlm.serve import answers, app, door, metrics, operations, page, problems, schemas, server, tokens, worker\n"
+        "try: app.create_app(None)\nexcept app.MendError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "mendlm[serve]" in done.stdout
+
+
+# The command, and what is deployed
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, an editor for it, and tokens."""
+    found = tmp_path_factory.mktemp("place")
+    tiny("llama").save_pretrained(found / "model")
+    byte_tokenizer().save_pretrained(found / "model")
+    model, tokenizer = load(found / "model", dtype="float32")
+    method = Mend(default_layers(model), MendConfig(rank=4, initial_rate=0.2))
+    formatter = Formatter.of(model, tokenizer)
+    method.fit_normalizer(method.gradient(model, formatter.batch([formatter.encode(p, "Bo") for p in PROMPTS])))
+    save_editor(found / "run", method, {"base": base_of(model)})
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What is said, with exit code 2, before the model is loaded."""
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", *map(str, arguments)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2, said
+    assert "loading" not in said
+    return said
+
+
+def test_what_cannot_be_served_is_said_before_the_model_is_loaded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = ("--model", place / "model", "--editor", place / "run", "--port", 0)
+    store = ("--store", tmp_path / "store")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"port {port} of 127.0.0.1: another program" in refused(capsys, *on[:4], *store, "--port", port)
+    for host in ("0.0.0.0", "::"):
+        assert "--token-file" in refused(capsys, *on, *store, "--host", host)
+    assert "is not known" in refused(capsys, *on, *store, "--host", "no such host")
+    assert "does not exist" in refused(capsys, *on, *store, "--token-file", tmp_path / "none.json")
+    assert "one process" in refused(capsys, *on, *store, "--device-map", "shards")
+    assert "guards.jsonl" in refused(capsys, *on, *store, "--guard", tmp_path / "guards.jsonl")
+    assert "no editor for the model" in refused(capsys, "--model", place / "model", *store)
+    assert "none" in refused(capsys, "--model", place / "model", "--editor", tmp_path / "none", *store)
+    Store.open(tmp_path / "other", {"name": "another", "sha256": "0" * 64}).close()
+    assert "another base model (another)" in refused(capsys, *on, "--store", tmp_path / "other")
+    assert not (tmp_path / "store").exists()
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "mendlm[serve]" in refused(capsys, *on, *store)
+
+
+def serve_options() -> set[str]:
+    command = typer.main.get_command(app).commands["serve"]
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def dockerfile() -> dict[str, list[str]]:
+    """The arguments of the instructions, by instruction, of the last stage; lines that go on are joined."""
+    text = (ROOT / "deploy" / "Dockerfile").read_text().replace("\\\n", " ")
+    found: dict[str, list[str]] = {}
+    for line in text[text.rindex("FROM ") :].splitlines():
+        if line and not line.startswith("#"):
+            name, _, rest = line.partition(" ")
+            found.setdefault(name, []).append(rest.strip())
+    return found
+
+
+def unit() -> dict[str, str]:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(ROOT / "deploy" / "mendlm.service")
+    return dict(parser["Service"])
+
+
+def deployed(which: str) -> list[str]:
+    """The command that is deployed."""
+    if which == "Dockerfile":
+        found = dockerfile()
+        return [*json.loads(found["ENTRYPOINT"][0]), *json.loads(found["CMD"][0])]
+    return shlex.split(unit()["ExecStart"])
+
+
+@pytest.mark.parametrize("which", ["Dockerfile", "unit"])
+def test_what_is_deployed_is_a_command_that_exists(which: str) -> None:
+    words = deployed(which)
+    assert words[0].endswith("mendlm")
+    assert words[1] == "serve"
+    assert {word for word in words if word.startswith("--")} <= serve_options()
+
+
+def test_the_container_and_the_unit_run_without_rights() -> None:
+    found, service = dockerfile(), unit()
+    assert found["USER"] == ["10001:10001"]
+    assert found["STOPSIGNAL"] == ["SIGTERM"]
+    assert found["VOLUME"] == ["/data"]
+    for name, value in {
+        "DynamicUser": "yes", "ProtectSystem": "strict", "StateDirectory": "mendlm", "NoNewPrivileges": "yes",
+        "CapabilityBoundingSet": "", "KillSignal": "SIGTERM", "ProtectHome": "yes", "PrivateTmp": "yes",
+    }.items():  # fmt: skip
+        assert service[name] == value
+    words = deployed("unit")
+    assert int(service["TimeoutStopSec"]) > 2 * int(words[words.index("--grace") + 1])
+    if shutil.which("systemd-analyze"):
+        verify = ["systemd-analyze", "verify", "--man=no", str(ROOT / "deploy" / "mendlm.service")]
+        said = subprocess.run(verify, capture_output=True, text=True).stderr
+        assert "Unknown" not in said
+        assert "Failed to parse" not in said
+
+
+class Process:
+    """`mendlm serve` as a process of its own."""
+
+    def __init__(self, words: list[str], cwd: Path) -> None:
+        command = [sys.executable, "-m", "mendlm", *words]
+        self.process = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True)
+        self.said: list[str] = []
+        for line in self.process.stderr:
+            self.said.append(line)
+            if found := re.search(r"serving (\S+) on http://\S+:(\d+)", line):
+                self.name, self.port = found[1], int(found[2])
+                break
+        else:
+            raise AssertionError("".join(self.said))
+        self.reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr))
+        self.reader.start()
+
+    def end(self) -> int:
+        if self.process.poll() is None:
+            self.process.kill()
+        code = self.process.wait(60)
+        self.reader.join(60)
+        self.process.stderr.close()
+        return code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["Dockerfile", "unit"])
+def test_what_is_deployed_runs_and_ends_well_in_the_middle_of_a_stream(which: str, place: Path, tmp_path: Path) -> None:
+    secret = tokens.add(tmp_path / "tokens.json", "Ana", "edit")
+    change = {"--model": place / "model", "--editor": place / "run", "--store": tmp_path / "store", "--port": 0}
+    change |= {"--token-file": tmp_path / "tokens.json"}
+    words = deployed(which)[1:]
+    for option, value in change.items():
+        words[words.index(option) + 1] = str(value)
+    served = Process([*words, "--max-batch", "1", "--gather-ms", "0", "--dtype", "float32"], tmp_path)
+    try:
+        url = f"http://127.0.0.1:{served.port}"
+        check = dockerfile()["HEALTHCHECK"][0]
+        check = json.loads(check[check.index("[") :])
+        assert check[0] == "python"
+        code = check[2].replace("127.0.0.1:8000", f"127.0.0.1:{served.port}")
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+        headers = {"Authorization": f"Bearer {secret}"}
+        made = httpx.post(f"{url}/v1/edits", json=EDIT, headers=headers, timeout=60)
+        assert made.status_code == 201
+        body = {"prompt": ["a", "b", "c"] * 8, "max_tokens": 100, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+            lines = answer.iter_lines()
+            first = next(lines)
+            served.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: refuses(served.port))
+            with pytest.raises(subprocess.CalledProcessError):
+                subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+            rest = [line for line in lines if line]
+        chunks = events("\n\n".join([first, *rest]))
+        ends = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+        assert sum(end is not None for end in ends) == 24
+        assert served.process.wait(60) == 0
+        assert served.said[-1] == "closed\n"
+    finally:
+        served.end()
+    assert secret not in "".join(served.said)
+    with contextlib.closing(Store.open(tmp_path / "store")) as store:
+        assert [record.id for record in store.active()] == [made.json()["record"]["id"]]
+        assert store.verify().problems == ()
+
+
+def refuses(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_the_code_of_the_guide_runs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai")
+    text = (ROOT / "docs" / "service.md").read_text()
+    shell = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    (tmp_path / "model").symlink_to(place / "model")
+    (tmp_path / "run").symlink_to(place / "run")
+    (add,) = [line for line in shell if line.startswith("mendlm token add")]
+    done = subprocess.run([sys.executable, "-m", *shlex.split(add)], cwd=tmp_path, capture_output=True, text=True, check=True)
+    secret = done.stdout.strip()
+    (start,) = [line for line in shell if line.startswith("mendlm serve")]
+    served = Process(shlex.split(start.replace("--port 8000", "--port 0"))[1:], tmp_path)
+    try:
+        for line in (line for line in shell if line.startswith("curl")):
+            line = line.replace(":8000", f":{served.port}").replace("curl -s", "curl -sf")
+            done = subprocess.run(["bash", "-c", line], env={**os.environ, "TOKEN": secret}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout
+            assert "Who is Ana?" in done.stdout
+        (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        scope: dict[str, Any] = {"TOKEN": secret}
+        exec(compile(block.replace(":8000", f":{served.port}"), "service.md", "exec"), scope)
+        assert scope["base"].choices[0].message.content != scope["now"].choices[0].message.content
+        scope["client"].close()
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(60) == 0
+    finally:
+        served.end()

@@ -304,13 +304,15 @@ def test_a_row_whose_client_has_gone_leaves_the_batch(session, make):
     worker = make()
     leaving = ask(worker, then=lambda event: leaving.ticket.cancel(), max_tokens=100)
     failing = ask(worker, then=lambda event: 1 / 0, max_tokens=100)
-    staying = ask(worker)
+    staying = ask(worker, then=lambda event: silent.ticket.cancel())
+    silent = ask(worker, max_tokens=100)
     worker.start()
     assert staying.text == session.answer("The river", None)
     worker.close()
     assert len(leaving.events) == len(failing.events) == 1
+    assert not silent.events
     stats = worker.stats
-    assert stats.completions["cancelled"] == 2
+    assert stats.completions["cancelled"] == 3
     assert stats.completion_tokens < 20
 
 
@@ -341,10 +343,14 @@ def test_a_row_past_its_time_leaves_the_batch_and_who_waits_hears_of_it_too(sess
         if isinstance(event, Piece):
             clock.now = 10.5
 
+    def look(event):
+        if isinstance(event, Finished):
+            heard.append(waiting.ended.is_set())
+
+    heard = []
     slow = ask(worker, then=later, max_tokens=100)
-    waiting = []
     clock.now = 5
-    fast = ask(worker)
+    fast = ask(worker, then=look)
     clock.now = 0
     waiting = ask(worker)
     clock.now = 5
@@ -353,6 +359,7 @@ def test_a_row_past_its_time_leaves_the_batch_and_who_waits_hears_of_it_too(sess
     assert isinstance(waiting.end, TimedOut)
     assert fast.text == session.answer("The river", None)
     worker.close()
+    assert heard == [True]  # not only when its turn came
     assert len(slow.events) == 2
     assert worker.stats.completions["timed out"] == 2
     assert worker.stats.batches == {2: 1}

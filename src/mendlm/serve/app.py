@@ -153,12 +153,12 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
         """Try an edit on, ask its gate, and throw it away."""
         return JSONResponse(await call(operations.preview(body)))
 
-    @app.get("/v1/edits/{id}/adapter", response_class=Response, responses={**zipped, **missing}, tags=["edits"])
+    @app.get("/v1/edits/{id}/adapter", response_class=Response, responses=zipped, tags=["edits"])
     async def edit_adapter(id: str) -> Response:
         """One edit as a PEFT LoRA adapter."""
         return await archive(operations.one_edit(id), f"edit-{id}.zip")
 
-    @app.get("/v1/adapter", response_class=Response, responses={**zipped, **missing}, tags=["edits"])
+    @app.get("/v1/adapter", response_class=Response, responses=zipped, tags=["edits"])
     async def active_adapter() -> Response:
         """All active edits as one PEFT LoRA adapter."""
         return await archive(operations.active_edits, "edits.zip")
@@ -174,7 +174,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     @app.post("/v1/completions", response_model=schemas.Completion, responses={**streamed, **missing}, tags=["completions"])
     async def complete(request: Request, body: schemas.CompletionBody) -> Response:
         """Continue a text, or several."""
-        how = {"max_tokens": body.max_tokens or DEFAULT_TOKENS, **_sampling(body)}
+        how = {"max_tokens": body.max_tokens or min(DEFAULT_TOKENS, worker.limits.max_tokens), **_sampling(body)}
         return await answer(request, body, [CompletionRequest(prompt=prompt, **how) for prompt in body.prompts])
 
     @app.post(
@@ -232,7 +232,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
             raise Problem(503, "the service is closing, or its worker has ended", "closing")
         return JSONResponse({"status": "ok"})
 
-    @app.get("/metrics", response_class=PlainTextResponse, tags=["service"])
+    @app.get("/metrics", response_class=Response, responses=counts, tags=["service"])
     async def metrics_text() -> Response:
         """Counts and times in Prometheus' text format."""
         return Response(metrics.text(_numbers(worker.stats)), media_type=CONTENT_TYPE)
@@ -257,6 +257,12 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     return app
 
 
+def _error(description: str) -> dict[str, Any]:
+    """How an answer of `schemas.ErrorBody` is described, whatever the route's own answers are."""
+    schema = {"$ref": "#/components/schemas/ErrorBody"}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
 def _sampling(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]:
     """How to answer, as the worker takes it."""
     given = {"temperature": body.temperature, "top_p": body.top_p, "seed": body.seed}
@@ -266,7 +272,7 @@ def _sampling(body: schemas.CompletionBody | schemas.ChatBody) -> dict[str, Any]
 
 def _first(errors: Sequence[Any]) -> Problem:
     """What a client is told of the errors of its form. What it sent is not repeated: it may be long."""
-    error = errors[0]
+    error = next((one for one in errors if not one["type"].endswith("_type")), errors[0])  # else of a union, its first form
     named = [part for part in error["loc"][1:] if isinstance(part, int) or part in schemas.FIELDS]
     if error["type"] in _OF_A_NAME:
         named = list(error["loc"][1:])
