@@ -274,6 +274,9 @@ def test_a_preview_marks_the_changed_words_and_shows_probabilities(visit: Callab
         write(page, target="Nice")  # what was tried is no longer what is written
         page.click("#accept-send", force=True)
         assert page.is_visible("#outdated")
+        page.click("#refresh")
+        page.wait_for_selector("#refresh:not([aria-busy])")
+        page.wait_for_selector("#accept-send:not([aria-busy])")
         assert page.locator(".edit").count() == 0
 
 

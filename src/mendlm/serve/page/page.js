@@ -323,7 +323,7 @@ function asked(all) {
     const some = all.filter((one) => one.kind === kind);
     if (!some.length) return null;
     const holds = some.filter((one) => one.ok).length;
-    return h("section", { class: "kind", "aria-label": title },
+    return h("div", { class: "kind", role: "group", "aria-label": title },
       h("h4", {}, some.length > 1 ? `${title} · ${holds} of ${some.length} hold` : title),
       h("ul", {}, some.map((one) => h("li", {}, question(one)))));
   })];
