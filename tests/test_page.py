@@ -224,20 +224,19 @@ def served_for_real(**session: Any) -> Iterator[str]:
     from mendlm.serve.worker import Limits, Worker
     from test_session import new_session
 
-    worker = Worker(new_session(**session), Limits(gather_ms=0, max_tokens=64, prompt_tokens=100))
-    worker.start()
-    listening = server.bound("127.0.0.1", 0, guarded=False)
-    service = uvicorn.Server(uvicorn.Config(create_app(worker, name="tiny"), lifespan="off", ws="none", log_level="warning"))
-    thread = threading.Thread(target=service.run, args=([listening],))
-    thread.start()
-    try:
+    with contextlib.ExitStack() as stack:
+        worker = Worker(new_session(**session), Limits(gather_ms=0, max_tokens=64, prompt_tokens=100))
+        stack.callback(worker.close, 10)
+        worker.start()
+        listening = stack.enter_context(server.bound("127.0.0.1", 0, guarded=False))
+        config = uvicorn.Config(create_app(worker, name="tiny"), lifespan="off", ws="none", log_level="warning")
+        service = uvicorn.Server(config)
+        thread = threading.Thread(target=service.run, args=([listening],))
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(setattr, service, "should_exit", True)
         wait_for(lambda: service.started)
         yield server.place(listening)
-    finally:
-        service.should_exit = True
-        thread.join()
-        listening.close()
-        worker.close(10)
 
 
 @pytest.mark.slow
