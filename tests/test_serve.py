@@ -1000,15 +1000,16 @@ class Process:
         command = [sys.executable, "-m", "mendlm", *words]
         self.process = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
+        self.reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr))
         for line in self.process.stderr:
             self.said.append(line)
             if found := re.search(r"serving (\S+) on http://\S+:(\d+)", line):
                 self.name, self.port = found[1], int(found[2])
                 break
-        else:
-            raise AssertionError("".join(self.said))
-        self.reader = threading.Thread(target=lambda: self.said.extend(self.process.stderr))
         self.reader.start()
+        if not hasattr(self, "port"):
+            self.end()
+            raise AssertionError("".join(self.said))
 
     def end(self) -> int:
         if self.process.poll() is None:

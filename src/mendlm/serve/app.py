@@ -107,12 +107,12 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
 
     By = Annotated[str, Query(alias="author", max_length=200, description="Who asks for it; kept in the journal.")]
     Why = Annotated[str, Query(max_length=2000, description="Why; kept in the journal.")]
-    missing: dict[int | str, Any] = {404: {"model": schemas.ErrorBody, "description": "There is no such edit."}}
-    conflict: dict[int | str, Any] = {
-        409: {"model": schemas.ErrorBody, "description": "Its state, or its gate, is against it."}
-    }
+    missing: dict[int | str, Any] = {404: _error("There is no such thing.")}
+    conflict: dict[int | str, Any] = {409: _error("Its state, or its gate, is against it.")}
     zipped: dict[int | str, Any] = {200: {"content": {"application/zip": {}}, "description": "An adapter's folder, zipped."}}
-
+    zipped |= {**missing, "default": _error("An error.")}
+    counts: dict[int | str, Any] = {200: {"content": {"text/plain": {}}, "description": "The numbers."}}
+    counts |= {"default": _error("An error.")}
     streamed: dict[int | str, Any] = {
         200: {"content": {"text/event-stream": {}}, "description": "The answers; with `stream`, as server-sent events."}
     }
