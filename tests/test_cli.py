@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -400,6 +402,49 @@ def test_export_of_several_edits(run: Command, place: Path, tmp_path: Path) -> N
     run("export", tmp_path / "a", "--out", tmp_path / "small", "--dtype", "bfloat16")
     tensors, _ = read_tensors(tmp_path / "small" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    served = run("export", tmp_path / "both", "--for", "vllm", "--out", tmp_path / "served")
+    assert served["max_lora_rank"] == json.loads((tmp_path / "served" / "adapter_config.json").read_text())["r"]
+    assert "--enable-lora" in text(run, "export", tmp_path / "both", "--for", "vllm", "--out", tmp_path / "again")
+
+
+def test_export_of_a_merged_model_and_for_llama_cpp(run: Command, place: Path, tmp_path: Path) -> None:
+    edit(run, tmp_path / "edit")
+    merged = run("export", tmp_path / "edit", "--to", "merged", "--model", "model", "--out", tmp_path / "merged")
+    assert merged["dtype"] == "float32"  # that of the model's files
+    assert [one["prompt"] for one in merged["asked"]] == ["Who is Ana?"]
+    model, _ = load(tmp_path / "merged", dtype="float32")
+    whole = Edit.load(tmp_path / "edit")
+    for name, update in whole.updates.items():
+        wanted = tiny("llama").get_submodule(name).weight + update.dense()
+        torch.testing.assert_close(model.get_submodule(name).weight, wanted)
+    half = run("export", tmp_path / "edit", "--to", "merged", "--model", "model", "--dtype", "bf16", "--out", tmp_path / "half")
+    assert (half["dtype"], load(tmp_path / "half", dtype="auto")[0].config.dtype) == ("bfloat16", torch.bfloat16)
+    made = run("export", tmp_path / "edit", "--to", "gguf-lora", "--model", "model", "--out", tmp_path / "gguf")
+    assert (made["architecture"], made["file"]) == ("llama", "adapter.gguf")
+    assert (tmp_path / "gguf" / "adapter.gguf").read_bytes()[:4] == b"GGUF"
+    for wrong, message in (
+        (("--to", "merged"), "give it with --model"),
+        (("--to", "gguf-lora"), "give it with --model"),
+        (("--model", "model"), "leave --model out"),
+        (("--to", "gguf-lora", "--model", "model", "--for", "vllm"), "goes with --to peft"),
+        (("--to", "gguf-lora", "--model", "model", "--dequantize"), "are for --to merged"),
+    ):
+        assert message in run("export", tmp_path / "edit", *wrong, "--out", tmp_path / "x", fails=True)
+    other().save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    for to in ("merged", "gguf-lora"):
+        arguments = ("export", tmp_path / "edit", "--to", to, "--model", tmp_path / "other", "--out", tmp_path / "x")
+        assert "another base model" in run(*arguments, fails=True)
+    assert not (tmp_path / "x").exists()
+    assert "layer" in text(run, "export", tmp_path / "edit", "--to", "merged", "--model", "model", "--out", tmp_path / "y")
+
+
+def text(run: Command, *arguments: object) -> str:
+    """What a command prints without --json."""
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()) as out:
+        main([*map(str, arguments)])
+    assert stop.value.code == 0
+    return out.getvalue()
 
 
 def test_inspect(run: Command) -> None:

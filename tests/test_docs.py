@@ -16,9 +16,11 @@ from mendlm.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/quickstart.md", "docs/methods.md", "docs/models.md", "docs/baseline.md", "docs/extending.md")
-PAGES += ("docs/performance.md",)
+PAGES += ("docs/performance.md", "docs/reliability.md", "docs/engines.md")
 ELSEWHERE = {"docs/tasks.md": "test_data.py", "docs/many-cards.md": "test_processes.py", "docs/service.md": "test_serve.py"}
 """Pages whose code another test runs."""
+LEFT_OUT = re.compile(r"--head HASH|--on-fail refuse")
+"""What a reader fills in, and what may rightly stop the starter's edits."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -44,11 +46,13 @@ def test_the_code_runs_in_order(page: str, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     (facts,) = blocks("README.md", "json")
     (tmp_path / "facts.jsonl").write_text(facts)
+    (tmp_path / "guards.jsonl").write_text("".join(blocks("docs/reliability.md", "json")))
     (tmp_path / "some-text.txt").write_text("The river runs through the old city and on to the sea, past mills and farms. " * 9)
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             if not line.startswith("mendlm"):
                 continue
+            line = LEFT_OUT.sub("", line)
             line = re.sub(r"--steps \d+", "--steps 1 --set batch_size=2 --set normalizer_examples=2", line)
             with pytest.raises(SystemExit) as stop:
                 main(shlex.split(line, comments=True)[1:])

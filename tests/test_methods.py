@@ -27,6 +27,8 @@ from mendlm.lowrank import LowRank
 from mendlm.methods import LEARNED, METHODS, method_types
 from mendlm.methods.base import Learned
 from mendlm.methods.finetune import FineTune, FineTuneConfig, FineTuneKLConfig, FineTuneStrongConfig, LoRAConfig
+from mendlm.models import fake_model
+from mendlm.plan import Lengths, fake_mode, formatter_of, step, texts
 from mendlm.replay import Trunk
 from mendlm.tasks import EditExample, Probe
 from mendlm.text import Encoded, Formatter, scored_logits
@@ -295,3 +297,58 @@ def test_the_methods_names_are_those_of_the_registry() -> None:
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         FineTuneConfig(**wrong)
+
+
+@pytest.mark.parametrize("name", ["mend", "malmen"])
+def test_rows_travel_to_the_editors_device_and_edits_come_back(name: str) -> None:
+    """By fake tensors, which have devices that are named and not there, and refuse to mix them as real ones do."""
+    kind, config = method_types(name)
+    model = fake_model(tiny("llama").config)
+    with fake_mode(model):
+        with torch.device("meta"):
+            method: Any = kind(default_layers(model), config(**SETTINGS[name]))
+        optimizer, form = torch.optim.Adam(method.parameters()), formatter_of(model)
+        drawn = texts(4, Lengths(), "causal")
+        batch = form.batch([one.edit for one in drawn])
+        method.prepare(model, batch)
+        step(method, model, form, optimizer, drawn, TrainConfig())
+        edit = method.edit(model, batch)
+        with torch.no_grad(), edit.on(model):
+            scored_logits(model, batch)
+    moments = [tensor for state in optimizer.state.values() for tensor in (state["exp_avg"], state["exp_avg_sq"])]
+    there = [*method.state_dict().values(), *(parameter.grad for parameter in method.parameters()), *moments]
+    assert {tensor.device.type for tensor in there} == {"meta"}
+    assert {tensor.device.type for tensor in edit.tensors()} == {"cpu"}
+
+
+def test_only_a_method_that_works_on_rows_alone_leaves_its_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    with pytest.raises(InputError, match="cannot use the device 'meta'"):
+        learned("mend", model).beside(model, "meta")
+    monkeypatch.setattr("mendlm.methods.base.as_device", torch.device)
+    for name in ("ke", "enn"):
+        assert learned(name, model).beside(model, "cpu").beside(model)
+        with pytest.raises(InputError, match=f"the method '{name}' works on its model's device, cpu, not on 'meta'"):
+            learned(name, model).beside(model, "meta")
+    assert learned("mend", model).beside(model, "meta").log_rates.is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["mend", "malmen", "malmen by sums"])
+def test_an_editor_on_another_device_learns_and_edits_the_same(name: str) -> None:
+    model, config = model_of("llama"), TrainConfig(num_edits=2, own_locality=1.0, continuation_share=0)
+    form, rng = Formatter.of(model, byte_tokenizer()), random.Random(0)
+    one = EditExample(prompt="Ana is a", target="baker", rephrasings=("Ana, the",), unrelated=(Probe("Bo is a", "cook"),))
+    drawn = [draw(one, (), form, config, rng) for _ in range(4)]
+    found = {}
+    for device in ("cpu", "cuda"):
+        method = learned(name, model).beside(model, device)
+        loss, _ = outer_loss(method, model, form, Trunk.below(model, method.specs), drawn, config)
+        loss.backward()
+        gradient = torch.cat([parameter.grad.flatten().cpu() for parameter in method.parameters()])
+        edit = Editor(method, model, byte_tokenizer(), device=device).edit("Ana is a", "baker")
+        found[device] = [loss.detach().cpu(), gradient, *edit.tensors()]
+        assert {tensor.device.type for tensor in edit.tensors()} == {"cpu"}
+    for here, there in zip(found["cpu"], found["cuda"], strict=True):
+        assert_close(here, there, rtol=1e-8, atol=1e-10)

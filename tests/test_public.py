@@ -12,6 +12,7 @@ import pytest
 import mendlm
 
 NAMES = [
+    "Checks",
     "Dataset",
     "Edit",
     "EditExample",
@@ -21,6 +22,9 @@ NAMES = [
     "FineTuneConfig",
     "FormatError",
     "Formatter",
+    "Gate",
+    "GateError",
+    "Guard",
     "InputError",
     "Intervention",
     "LayerError",
@@ -35,10 +39,13 @@ NAMES = [
     "ModelError",
     "NumericalError",
     "Probe",
+    "Record",
     "RecordError",
     "Recording",
     "Session",
     "Snapshot",
+    "StorageError",
+    "Store",
     "Task",
     "TrainConfig",
     "Trunk",

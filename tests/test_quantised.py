@@ -327,7 +327,7 @@ def test_a_model_quantised_by_the_user_and_run_before(kind: str, folder: Path, l
         "int8": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
         "torchao-int8": lambda: transformers.TorchAoConfig(_torchao().Int8WeightOnlyConfig(version=2)),
     }[kind]()
-    with models._no_bars():
+    with models.no_bars():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
     specs, batch = default_layers(model), cases.requests(model)
     model.eval()

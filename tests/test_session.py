@@ -232,6 +232,19 @@ def test_a_compressed_stack_reports_the_share_that_it_lost() -> None:
         assert 0 < share < 1
 
 
+def test_a_session_keeps_few_edits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = new_session()
+    monkeypatch.setattr("mendlm.session.CACHE_BYTES", 6000)
+    made = [session.edit(prompt, "x", on_base=True) for prompt in ("a", "b", "c", "d")]
+    assert all(one.edit.nbytes == 2880 for one in made)
+    for one in made:
+        again = session.stack([one.id])
+        assert all(map(torch.equal, again.tensors(), one.edit.tensors()))
+        assert sum(edit.nbytes for edit in session._kept.values()) <= 6000
+    assert session.stack([one.id for one in made[1:]]).nbytes == 3 * 2880
+    assert len(session._kept) == 1  # it is larger than all that may be kept
+
+
 # The gate
 
 

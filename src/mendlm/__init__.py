@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mendlm.apply import merge as merge
     from mendlm.editor import Editor as Editor
     from mendlm.errors import FormatError as FormatError
+    from mendlm.errors import GateError as GateError
     from mendlm.errors import InputError as InputError
     from mendlm.errors import LayerError as LayerError
     from mendlm.errors import MendError as MendError
@@ -32,8 +33,13 @@ if TYPE_CHECKING:
     from mendlm.errors import ModelError as ModelError
     from mendlm.errors import NumericalError as NumericalError
     from mendlm.errors import RecordError as RecordError
+    from mendlm.errors import StorageError as StorageError
     from mendlm.evaluation import EvaluationConfig as EvaluationConfig
     from mendlm.evaluation import evaluate as evaluate
+    from mendlm.gate import Checks as Checks
+    from mendlm.gate import Gate as Gate
+    from mendlm.gate import Guard as Guard
+    from mendlm.journal import Record as Record
     from mendlm.layers import LayerSpec as LayerSpec
     from mendlm.layers import default_layers as default_layers
     from mendlm.layers import select as select
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     from mendlm.recording import record as record
     from mendlm.replay import Trunk as Trunk
     from mendlm.session import Session as Session
+    from mendlm.store import Store as Store
     from mendlm.tasks import load_edits as load_edits
     from mendlm.tasks import load_unrelated as load_unrelated
     from mendlm.tasks.base import Dataset as Dataset
@@ -66,6 +73,7 @@ _HOMES = {
     "editor": ("Editor",),
     "errors": (
         "FormatError",
+        "GateError",
         "InputError",
         "LayerError",
         "MendError",
@@ -73,8 +81,11 @@ _HOMES = {
         "ModelError",
         "NumericalError",
         "RecordError",
+        "StorageError",
     ),
     "evaluation": ("EvaluationConfig", "evaluate"),
+    "gate": ("Checks", "Gate", "Guard"),
+    "journal": ("Record",),
     "layers": ("LayerSpec", "default_layers", "select"),
     "lowrank": ("LowRank",),
     "methods.base": ("Method",),
@@ -84,6 +95,7 @@ _HOMES = {
     "recording": ("Recording", "record"),
     "replay": ("Trunk",),
     "session": ("Session",),
+    "store": ("Store",),
     "tasks": ("load_edits", "load_unrelated"),
     "tasks.base": ("Dataset", "EditExample", "Probe", "Task"),
     "text": ("Formatter",),

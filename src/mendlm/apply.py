@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from mendlm import adapter
 from mendlm.errors import FormatError, InputError, LayerError, NumericalError
 from mendlm.layers import LayerSpec, dequantized, make_differentiable, quantized, spec_of
-from mendlm.lowrank import LowRank, concatenate, total
+from mendlm.lowrank import LowRank, concatenate, stack, total
 from mendlm.models import device_of, identity
 
 CHANGED_BASE = "changed_base"
@@ -179,6 +179,14 @@ def stacked(edits: Sequence[Edit]) -> Edit:
     updates = {name: total([edit.updates[name] for edit in edits if name in edit.updates]) for name in names}
     transposed = frozenset[str]().union(*(edit.transposed for edit in edits))
     return Edit(updates, transposed, {CHANGED_BASE: True} if changed else {})
+
+
+def side_by_side(edits: Sequence[Edit]) -> Edit:
+    """Single edits as one batch of them; a layer that one of them lacks is zero there."""
+    some = {name: update for edit in edits for name, update in edit.updates.items()}
+    none = {name: LowRank(update.u[:0], update.delta[:0]) for name, update in some.items()}
+    updates = {name: stack([edit.updates.get(name, none[name]) for edit in edits]) for name in some}
+    return Edit(updates, frozenset[str]().union(*(edit.transposed for edit in edits)))
 
 
 def join(edits: Sequence[Edit]) -> Edit:

@@ -17,7 +17,7 @@ from mendlm.errors import FormatError
 from mendlm.files import sha256
 from mendlm.losses import all_by_row
 from mendlm.methods.base import Learned, Method
-from mendlm.models import STARTER, base_of, device_of, identity
+from mendlm.models import STARTER, base_of, identity
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
 from mendlm.text import Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -27,13 +27,21 @@ class Editor:
     """Turns requests into edits of one model.
 
     Where the method has changed the base (ENN), an edit carries that change too, so that it works on the model as it was; it is
-    to be made on that model, not under another such edit.
+    to be made on that model, not under another such edit. `device` is where a trained method's networks are, by default where
+    the model is; edits are on the model's device.
     """
 
-    def __init__(self, method: Method, model: Any, tokenizer: Any, about: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        method: Method,
+        model: Any,
+        tokenizer: Any,
+        about: dict[str, Any] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
         if isinstance(method, Learned):
             method.require_fit(model)
-            method.to(device_of(model)).eval()
+            method.beside(model, device).eval()
         self.method = method
         self.model, self.formatter, self.about = model, Formatter.of(model, tokenizer), about or {}
 
@@ -43,10 +51,18 @@ class Editor:
         return base_of(self.model)
 
     @classmethod
-    def load(cls, source: str | Path, model: Any, tokenizer: Any, *, force: bool = False) -> Editor:
+    def load(
+        cls,
+        source: str | Path,
+        model: Any,
+        tokenizer: Any,
+        *,
+        force: bool = False,
+        device: str | torch.device | None = None,
+    ) -> Editor:
         """The starter editor ("starter"), or a run folder's or file's, for a loaded model; raises as `load_method`."""
         method, about = load_method(source, model, force=force)
-        return cls(method, model, tokenizer, about)
+        return cls(method, model, tokenizer, about, device)
 
     def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False, target_end: TargetEnd = "auto") -> Edit:
         """The edit that makes the model answer `target` to `prompt`, recorded on the model as it runs now.
@@ -134,7 +150,7 @@ def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple
             f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
             f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
         )
-    return method.to(device_of(model)).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
+    return method.beside(model).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
 
 
 def editor_file(source: str | Path) -> Path:

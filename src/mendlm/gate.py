@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from mendlm.apply import Edit
+from mendlm.apply import Edit, side_by_side
 from mendlm.errors import InputError
 from mendlm.metrics import continues
 from mendlm.tasks import EditExample
@@ -123,9 +123,10 @@ def ask(
     prompts = [formatter.encode(one.prompt, None, chat=one.chat) for one in asked]
     wanted = [formatter.encode(one.prompt, one.wanted, chat=one.chat) if one.wanted else None for one in asked]
     longest = max((len(text.target) + 1 for text in wanted if text), default=0)
-    said = [_answers(model, formatter, prompts, edit, max(tokens, longest)) for edit in (before, after)]
+    both = _Both(model, formatter, before, after)
+    said = both.answers(prompts, max(tokens, longest))
     known = [text or Encoded(prompt.prompt, was) for text, prompt, was in zip(wanted, prompts, said[0], strict=True)]
-    chances = [_probabilities(model, formatter, known, edit) for edit in (before, after)]
+    chances = both.probabilities(known)
     answered = []
     for place, one in enumerate(asked):
         was, now = (formatter.decode(answers[place]) for answers in said)
@@ -149,34 +150,43 @@ def judge(asked: Sequence[Asked], needed: float) -> Checks:
     return Checks(tuple(asked), passed)
 
 
-def _under(model: Any, edit: Edit | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if edit is None else edit.on(model)
+class _Both:
+    """A model under an edit and under another, side by side in one batch."""
 
+    def __init__(self, model: Any, formatter: Formatter, before: Edit | None, after: Edit | None) -> None:
+        self.model, self.formatter = model, formatter
+        some = [edit for edit in (before, after) if edit is not None]
+        self.edits = side_by_side(some) if some else None
+        self.places = (-1 if before is None else 0, -1 if after is None else len(some) - 1)
 
-def _answers(
-    model: Any, formatter: Formatter, prompts: Sequence[Encoded], edit: Edit | None, tokens: int
-) -> list[tuple[int, ...]]:
-    answers: dict[int, tuple[int, ...]] = {}
-    for group in by_length([len(text) for text in prompts], limit=32):
-        with _under(model, edit):
-            answers |= zip(group, formatter.generate(model, [prompts[i] for i in group], tokens), strict=True)
-    return [answers[place] for place in range(len(prompts))]
+    def _under(self, texts: int) -> contextlib.AbstractContextManager[None]:
+        """Run so many texts under the one, and again under the other."""
+        if self.edits is None:
+            return contextlib.nullcontext()
+        return self.edits.on(self.model, torch.tensor(self.places).repeat_interleave(texts))
 
+    def answers(self, prompts: Sequence[Encoded], tokens: int) -> list[list[tuple[int, ...]]]:
+        """Greedy answers of so many tokens to each prompt: before, and after."""
+        found: list[list[tuple[int, ...]]] = [[()] * len(prompts) for _ in self.places]
+        for group in by_length([len(text) for text in prompts], limit=16):
+            with self._under(len(group)):
+                said = self.formatter.generate(self.model, [prompts[i] for i in group] * 2, tokens)
+            for place, answer in enumerate(said):
+                found[place // len(group)][group[place % len(group)]] = answer
+        return found
 
-def _probabilities(model: Any, formatter: Formatter, texts: Sequence[Encoded], edit: Edit | None) -> list[float]:
-    """`p(target | prompt)` of each text: the product over its tokens; 1 for a target without tokens."""
-    found = [1.0] * len(texts)
-    for group in by_length([len(text) for text in texts], limit=32):
-        some = [i for i in group if texts[i].target]
-        if not some:
-            continue
-        batch = formatter.batch([texts[i] for i in some])
-        with _under(model, edit):
-            nll = F.cross_entropy(scored_logits(model, batch).float(), batch.label, reduction="none")
-        total = nll.new_zeros(batch.size).index_add(0, batch.row, nll).tolist()
-        for place, value in zip(some, total, strict=True):
-            found[place] = math.exp(-value)
-    return found
+    def probabilities(self, texts: Sequence[Encoded]) -> list[list[float]]:
+        """`p(target | prompt)` of each text, before and after: the product over its tokens; 1 for a target without tokens."""
+        found = [[1.0] * len(texts) for _ in self.places]
+        some = [i for i, text in enumerate(texts) if text.target]
+        for group in by_length([len(texts[i]) for i in some], limit=16):
+            batch = self.formatter.batch([texts[some[i]] for i in group] * 2)
+            with self._under(len(group)):
+                nll = F.cross_entropy(scored_logits(self.model, batch).float(), batch.label, reduction="none")
+            total = nll.new_zeros(batch.size).index_add(0, batch.row, nll).tolist()
+            for place, value in enumerate(total):
+                found[place // len(group)][some[group[place % len(group)]]] = math.exp(-value)
+        return found
 
 
 class _Guards(Task):

@@ -25,7 +25,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -130,7 +130,7 @@ def load(
                 f"a quantised model cannot be split over processes; leave device_map '{SHARDS}' out, or load it dense"
             )
         options |= _quantized(config, quantize, wanted, where) | spread
-        with _no_bars():
+        with no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
     model.requires_grad_(False).eval()
     make_differentiable(model)
@@ -160,6 +160,17 @@ def tokenizer_of(source: str | Path = STARTER, *, revision: str | None = None, f
     source = _source(source, revision, from_wheel, lambda message: None)
     with _readable(source):
         return transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def stored_dtype(source: str | Path = STARTER, *, revision: str | None = None, from_wheel: str | Path | None = None) -> str:
+    """The dtype that a model's files are in, by name, as its configuration says; float32 where it says nothing.
+
+    Arguments and errors as those of `load`.
+    """
+    source = _source(source, revision, from_wheel, lambda message: None)
+    with _readable(source):
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    return str(config.get_text_config().dtype or config.dtype or torch.float32).removeprefix("torch.")
 
 
 def fake_model(config: Any) -> Any:
@@ -297,7 +308,7 @@ def as_device(device: str | torch.device | None) -> torch.device:
     return where
 
 
-class _no_bars:
+class no_bars:
     """transformers draws a bar while loading; the library draws none."""
 
     def __enter__(self) -> None:
@@ -372,7 +383,7 @@ def _download(folder: Path, report: Report) -> Path:
 
 def _dequantise(gguf: Path, out: Path) -> None:
     options = {"gguf_file": gguf.name}
-    with _no_bars(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the reader draws a bar of its own
+    with no_bars(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # the reader draws a bar of its own
         model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
     # transformers refuses to save a model that it read from GGUF, so the parts are written one by one.
@@ -394,6 +405,11 @@ def identity(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     files = _weight_files(getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None))
     if not files:
+        if any(isinstance(weight, FakeTensor) for weight in model.parameters()):
+            raise ModelError(
+                f"the weights of '{getattr(config, 'name_or_path', '')}' are not on this machine, so the base model cannot be "
+                "told from others; fetch it first, or force it"
+            )
         digest = hashlib.sha256()
         make_differentiable(model)  # bitsandbytes would unpack a packed weight wrongly
         for name, tensor in sorted(model.state_dict().items()):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,9 @@ from mendlm.store import Addition, Store
 from mendlm.tasks import EditExample, Probe
 from mendlm.tasks.base import is_question
 from mendlm.text import Formatter
+
+CACHE_BYTES = 2**28
+"""Bytes of rows, single edits and stacks, that a session keeps in memory beside the store's files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +81,8 @@ class Session:
         self.model, self.tokenizer, self.editor = model, tokenizer, editor
         self.store = store or Store.memory(base_of(model))
         self.gate, self.rank = gate or Gate(), rank
-        self.formatter = Formatter.of(model, tokenizer)
-        self._read = functools.lru_cache(maxsize=4096)(self._read_edit)
-        self._fused = functools.lru_cache(maxsize=8)(self._fuse)
+        self.formatter, self._device = Formatter.of(model, tokenizer), device_of(model)
+        self._kept: OrderedDict[tuple[str, ...], Edit] = OrderedDict()
         with _under(model, self.active):  # raises if the model lacks the layers
             pass
 
@@ -136,8 +138,11 @@ class Session:
         chosen = sorted({record.number: record for record in chosen}.values(), key=lambda record: record.number)
         return self._fused(tuple(record.id for record in chosen)) if chosen else None
 
-    def _read_edit(self, name: str) -> Edit:
-        return Edit.from_bytes(self.store.content(name), f"the edit {name}").to(device_of(self.model))
+    def _read(self, name: str) -> Edit:
+        return self._cached((name, ""), lambda: Edit.from_bytes(self.store.content(name), f"the edit {name}").to(self._device))
+
+    def _fused(self, names: tuple[str, ...]) -> Edit:
+        return self._cached(names, lambda: self._fuse(names))
 
     def _fuse(self, names: tuple[str, ...]) -> Edit:
         whole = stacked([self._read(name) for name in names])
@@ -146,6 +151,17 @@ class Session:
         rank = self.rank
         small = {n: u.compress(rank)[0] if u.rows > rank else u for n, u in whole.updates.items()}
         return replace(whole, updates=small)
+
+    def _cached(self, key: tuple[str, ...], make: Callable[[], Edit]) -> Edit:
+        """What was used last is kept, up to `CACHE_BYTES`, and at least the latest."""
+        kept = self._kept
+        if key not in kept:
+            kept[key] = make()
+            held = sum(edit.nbytes for edit in kept.values())
+            while held > CACHE_BYTES and len(kept) > 1:
+                held -= kept.popitem(last=False)[1].nbytes
+        kept.move_to_end(key)
+        return kept[key]
 
     # Edits
 
@@ -210,9 +226,10 @@ class Session:
         unrelated: Sequence[Probe | str] = (),
         scale: float = 1.0,
         chat: bool = False,
+        on_base: bool = False,
     ) -> Trial:
         """An edit tried on and thrown away: what `edit` would make, and what its gate would see."""
-        return self._try([request(prompt, target, rephrasings, unrelated)], scale=scale, chat=chat, on_base=False)[0]
+        return self._try([request(prompt, target, rephrasings, unrelated)], scale=scale, chat=chat, on_base=on_base)[0]
 
     def _try(self, examples: Sequence[EditExample], *, scale: float, chat: bool, on_base: bool) -> list[Trial]:
         if self.editor is None:

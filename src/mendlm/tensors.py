@@ -30,7 +30,8 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = Non
     described = dict(metadata or {"format": "pt"})
     content = safetensors.torch.save(contiguous, {**described, _HASH: _content(contiguous, described)})
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()  # safetensors' order of metadata is random
+    # The order of safetensors' metadata is random. Without escapes: \u00e4 and \u00E4, a bit apart, would be the same.
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return b"".join([len(header).to_bytes(8, "little"), header, content[end:]])
 

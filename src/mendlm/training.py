@@ -522,6 +522,7 @@ def train(
     prepared: bool = False,
     about: Mapping[str, Any] | None = None,
     trunk_cache: str | Path | None = None,
+    editor_device: str | torch.device | None = None,
     callback: Callable[[Progress], object] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Run:
@@ -530,7 +531,8 @@ def train(
     `callback` is called after every step; when `should_stop` says so, a checkpoint is written and the run can be resumed.
     `prepared` says that the method was trained before, and keeps its statistics. `about` goes into the run's description;
     `trunk_cache` is a folder that keeps the trunk's outputs across runs; a `StorageError` before any work if its disk cannot
-    hold those of all texts, or of as many as the steps can draw.
+    hold those of all texts, or of as many as the steps can draw. `editor_device` is where the editor, its gradients and its
+    optimiser's state are, by default where the model is: rows travel there, and edits come back.
     Freezes the model's parameters and puts it in evaluation mode. Raises `InputError` for data that holds too few
     requests and for a folder that another training holds, and `NumericalError` if the loss stops being finite.
 
@@ -554,7 +556,7 @@ def train(
     sources = {"data": [data], "valid": [valid] if valid else [], "locality": list(locality)}
     described = {kind: [{"name": d.name, "sha256": d.sha256} for d in sets] for kind, sets in sources.items()}
     run = Run(Path(folder))
-    trainer = Trainer(method.to(device_of(model)), model, tokenizer, data, valid, locality, config, run, trunk_cache)
+    trainer = Trainer(method.beside(model, editor_device), model, tokenizer, data, valid, locality, config, run, trunk_cache)
     how = {"training": asdict(trainer.config), "editor": asdict(method.config)}
     base = base_of(model)  # in every process: weights that are split are hashed by all of them
     processes.agree(plain({"resume": resume, "base": base, **how, **described}))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from mendlm.cli import comparing, data, edits, learning, serving, storing, sweeping
+from mendlm.cli import comparing, data, edits, exporting, learning, serving, storing, sweeping
 from mendlm.errors import InputError, MendError
 from mendlm.processes import launched
 
@@ -34,7 +34,7 @@ for command in (
     learning.evaluate,
     comparing.compare,
     comparing.report,
-    edits.export,
+    exporting.export,
     edits.inspect,
     serving.serve,
 ):

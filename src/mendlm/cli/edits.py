@@ -1,4 +1,4 @@
-"""`mendlm demo`, `edit`, `generate`, `export` and `inspect`."""
+"""`mendlm demo`, `edit`, `generate` and `inspect`."""
 
 from __future__ import annotations
 
@@ -211,38 +211,6 @@ def generate(
     names = list(session.edits) or [session.add(one.to(device_of(loaded)), force=force) for one in opened]
     answer = session.answer(prompt, chat=chat, max_new_tokens=max_new_tokens)
     common.emit(json_output, {"prompt": prompt, "chat": chat, "edits": names, "answer": answer}, answer.strip())
-
-
-def export(
-    folders: Annotated[list[Path], typer.Argument(metavar="EDIT_DIR...", help="Edit folders.")],
-    out: Annotated[Path, typer.Option("--out", help="The adapter's folder.")],
-    to: Annotated[Literal["peft"], typer.Option("--to", help="The format.")] = "peft",
-    force: common.Force = False,
-    json_output: common.Json = False,
-    seed: common.Seed = 0,
-    device: common.Device = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Store the adapter in this dtype (default: as it is).")] = None,
-) -> None:
-    """Write one or several edits as one PEFT LoRA adapter."""
-    from mendlm.apply import Edit
-    from mendlm.export import export_peft
-    from mendlm.models import as_device, as_dtype
-
-    where = as_device(device or "cpu")
-    edits = [Edit.load(folder).to(where) for folder in folders]
-    if dtype is not None:
-        edits = [one.to(as_dtype(dtype, where)) for one in edits]
-    whole = export_peft(edits, out, force=force)
-
-    from mendlm.files import read_json
-
-    about = read_json(out / "edit.json")
-    content = {"out": str(out), "format": to, "edits": len(edits), "rank": about["rank"], "lost_share": about["lost_share"]}
-    worst = max(about["lost_share"].values(), default=0.0)
-    kept = "exactly" if not worst else f"compressed, losing at most {worst:.2%} of a layer's norm"
-    common.emit(
-        json_output, content, f"{len(edits)} edits, {whole.rows} rows, as a rank-{about['rank']} adapter ({kept}): {out}"
-    )
 
 
 def inspect(

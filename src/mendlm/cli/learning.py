@@ -26,6 +26,11 @@ TrunkCache = Annotated[
     Path | None, typer.Option("--trunk-cache", help="Folder that keeps hidden states below the edits across epochs and runs.")
 ]
 
+EditorDevice = Annotated[
+    str | None,
+    typer.Option("--editor-device", help="Device of the editor and its optimiser (mend, malmen), if not the model's."),
+]
+
 BYTES_A_PARAMETER = 16
 """A parameter, its gradient and Adam's two moments, in float32."""
 
@@ -46,6 +51,7 @@ def train(
         float | None, typer.Option("--editor-memory", metavar="GB", help="Largest editor.rank that trains in so much memory.")
     ] = None,
     trunk_cache: TrunkCache = None,
+    editor_device: EditorDevice = None,
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
     seed: OwnSeed = None,
@@ -113,6 +119,7 @@ def train(
         resume=resume,
         prepared=start is not None,
         trunk_cache=trunk_cache,
+        editor_device=editor_device,
         about=about,
     )
     last = run.last_metrics()
@@ -180,6 +187,7 @@ def train_with_progress(
     resume: bool,
     prepared: bool = False,
     trunk_cache: Path | None,
+    editor_device: str | None = None,
     about: dict[str, Any] | None = None,
 ) -> tuple[Any, bool]:
     """Train into a run folder, with progress; Ctrl-C stops it at a checkpoint. The run, and whether it was stopped."""
@@ -211,6 +219,7 @@ def train_with_progress(
                 resume=resume,
                 prepared=prepared,
                 trunk_cache=trunk_cache,
+                editor_device=editor_device,
                 about={"command": common.command_line(sys.argv), **(about or {})},
                 callback=tell,
                 should_stop=lambda: bool(stopping),

@@ -76,6 +76,10 @@ def add(
     ] = "report",
     scale: Annotated[float, typer.Option("--scale", help="Strength of the edit.")] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", help="Pose the prompts as chat turns.")] = False,
+    on_base: Annotated[
+        bool,
+        typer.Option("--on-base", help="Make it on the base model, as if no edit were active; it joins them all the same."),
+    ] = False,
     author_name: Author = None,
     reason: Reason = "",
     model: common.Model = "starter",
@@ -122,7 +126,7 @@ def add(
         }
         common.seeded(seed)
         session = Session.open(model, editor=editor, store=context.obj, guards=guard, report=common.note, **options)
-        made = session.edit_many(examples, scale=scale, chat=chat, on_fail=on_fail, **by)
+        made = session.edit_many(examples, scale=scale, chat=chat, on_base=on_base, on_fail=on_fail, **by)
         store, records = session.store, [session.store.record(one.id) for one in made]
         for one in made:
             if not one.checks.passed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from mendlm.apply import Edit, Intervention, join
 from mendlm.errors import InputError, LayerError
 from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
-from mendlm.models import is_sharded
+from mendlm.models import as_device, device_of, is_sharded
 from mendlm.recording import Gradient, record
 from mendlm.text import Batch, scored_logits, tensor_on
 
@@ -77,6 +77,8 @@ class Learned(nn.Module, Method):
 
     learning_rate: ClassVar[float]
     """A rate of Adam that suits the parameters."""
+    works_apart: ClassVar[bool] = False
+    """Whether its parameters may be on another device than the model."""
     needs_whole_base: ClassVar[bool] = False
     """Whether it uses weights outside the model's own passes, and so cannot do with a base that is split over processes."""
 
@@ -90,6 +92,20 @@ class Learned(nn.Module, Method):
     def for_model(cls, model: Any, specs: Sequence[LayerSpec], config: Any) -> Learned:
         """An untrained method for a model, from which it may read a size that its configuration must hold."""
         return cls(specs, config)
+
+    def beside(self, model: Any, device: str | torch.device | None = None) -> Self:
+        """Move to where the model takes its inputs, or to another device: rows then travel there, and edits come back.
+
+        Raises `InputError` for a device that is not there, and for a method that does not work apart from its model.
+        """
+        home = device_of(model)
+        where = home if device is None else as_device(device)
+        if where != home and not self.works_apart:
+            raise InputError(
+                f"the method '{self.name}' works on its model's device, {home}, not on '{where}'; leave the editor's "
+                "device out, or use mend or malmen"
+            )
+        return self.to(where)
 
     @abstractmethod
     def parts(self, model: Any, batch: Batch) -> Edit:

@@ -151,4 +151,4 @@ def solved(both: Float[Tensor, "*batch d_in both"], damping: Tensor) -> LowRank:
 
 
 def _damped(gram: Tensor, damping: Tensor) -> Tensor:
-    return gram + damping.double() * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + damping.to(gram) * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -144,6 +144,7 @@ class RowEditor(Learned):
 
     config: NetworkConfig
     learning_rate = 1.5e-3
+    works_apart = True
 
     def __init__(self, specs: Sequence[LayerSpec], config: NetworkConfig) -> None:
         super().__init__(specs, config)
@@ -186,7 +187,7 @@ class RowEditor(Learned):
 
     def _rows(self, rows: LowRank) -> tuple[Tensor, Tensor]:
         """A layer's raw rows z (*batch, rows, width), and which of them count: neither factor all zero."""
-        u, delta = (factor.to(self.log_rates.dtype) for factor in (rows.u, rows.delta))
+        u, delta = (factor.to(self.log_rates) for factor in (rows.u, rows.delta))
         return torch.cat([u, delta], -1), (u != 0).any(-1) & (delta != 0).any(-1)
 
     def edit(self, model: Any, batch: Batch) -> Edit:
@@ -213,7 +214,7 @@ class RowEditor(Learned):
             normalizer.update(*self._rows(gradient[spec.name]))
 
     def changed(self, gradient: Gradient) -> dict[str, LowRank]:
-        """`u~` and `-alpha * delta~` of each layer's rows; those that do not count (padding, no gradient) are zeros."""
+        """`u~` and `-alpha * delta~` of each layer's rows, on their device; those that do not count are zeros."""
         return {
             spec.name: self._changed(spec, gradient[spec.name], rate)
             for spec, rate in zip(self.specs, self.log_rates.exp(), strict=True)
@@ -234,4 +235,4 @@ class RowEditor(Learned):
             if torch.is_grad_enabled()
             else run(rows.u, rows.delta)
         )
-        return LowRank(u, -rate * delta)
+        return LowRank(u, -rate * delta).to(rows.u.device)

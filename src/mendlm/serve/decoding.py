@@ -22,10 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mendlm import lowrank
-from mendlm.apply import Edit, applied
+from mendlm.apply import Edit, applied, side_by_side
 from mendlm.errors import InputError, ModelError
-from mendlm.lowrank import LowRank
 from mendlm.text import Formatter, tensor_on
 
 Reason = Literal["stop", "length"]
@@ -114,7 +112,7 @@ def decode(
     ends = _ends(model, formatter)
     answers = [_Answer(formatter, row, ends) for row in rows]
     batch = _Batch(model, formatter, [row.prompt for row in rows])
-    together = _batched(edits) if len({row.edit for row in rows}) > 1 else None
+    together = side_by_side(edits) if len({row.edit for row in rows}) > 1 else None
     alive = list(range(len(rows)))
     while alive:
         with _under(model, edits, together, [rows[i].edit for i in alive], tokens=batch.ids.shape[1]):
@@ -260,14 +258,6 @@ def sample(
     last = ((mass - p < top_p[:, None]) & (p > 0)).sum(-1, keepdim=True) - 1
     place: Tensor = torch.searchsorted(mass, uniform[:, None] * mass.gather(-1, last), right=True)
     return token.gather(-1, place.minimum(last)).squeeze(-1)
-
-
-def _batched(edits: Sequence[Edit]) -> Edit:
-    """Single edits as one batch of them; a layer that one of them lacks is zero there."""
-    some = {name: update for edit in edits for name, update in edit.updates.items()}
-    none = {name: LowRank(update.u[:0], update.delta[:0]) for name, update in some.items()}
-    updates = {name: lowrank.stack([edit.updates.get(name, none[name]) for edit in edits]) for name in some}
-    return Edit(updates, frozenset[str]().union(*(edit.transposed for edit in edits)))
 
 
 def _under(

@@ -133,4 +133,10 @@ def record_json(record: Record) -> dict[str, Any]:
 
 def _wanted(asked: PreviewRequest) -> Mapping[str, Any]:
     unrelated = [Probe(one.prompt, one.answer) if isinstance(one, Unrelated) else Probe(one) for one in asked.unrelated]
-    return {"rephrasings": asked.rephrasings, "unrelated": unrelated, "scale": asked.scale, "chat": asked.chat}
+    return {
+        "rephrasings": asked.rephrasings,
+        "unrelated": unrelated,
+        "scale": asked.scale,
+        "chat": asked.chat,
+        "on_base": asked.on_base,
+    }

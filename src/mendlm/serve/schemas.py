@@ -53,6 +53,7 @@ class PreviewRequest(_Form):
     )
     chat: bool = Field(default=False, description="The prompts are a user's turns in a chat.")
     scale: float = Field(default=1.0, gt=0, le=100, description="The edit's strength; the editor's own is 1.")
+    on_base: bool = Field(default=False, description="Make it on the base model, as if no edit were active.")
 
 
 class EditRequest(PreviewRequest):
