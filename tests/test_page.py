@@ -246,7 +246,7 @@ def test_a_preview_marks_the_changed_words_and_shows_probabilities(visit: Callab
         write(page, prompt=FRANCE, target="Lyon", unrelated=f"{ITALY}=>Rome\nA fragile thing is")
         with page.expect_request("**/v1/preview") as sent:
             preview(page)
-        wanted = {"prompt": FRANCE, "target": "Lyon", "rephrasings": [], "chat": False, "scale": 1}
+        wanted = {"prompt": FRANCE, "target": "Lyon", "rephrasings": [], "chat": False, "scale": 1, "on_base": True}
         unrelated = [{"prompt": ITALY, "answer": "Rome"}, "A fragile thing is"]
         assert sent.value.post_data_json == {**wanted, "unrelated": unrelated}
         own, italy, fragile, guard = page.locator("#preview .asked").all()

@@ -43,7 +43,8 @@ from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import base_of, load
 from mendlm.serve import page, schemas, tokens
 from mendlm.serve.app import create_app
-from mendlm.serve.door import Rules
+from mendlm.serve.door import Door, Rules
+from mendlm.serve.metrics import Metrics
 from mendlm.serve.worker import Closed, Limits, TimedOut, Worker
 from mendlm.store import Store
 from mendlm.text import Formatter
@@ -171,6 +172,14 @@ def test_a_second_edit_of_a_prompt_supersedes_the_first(service: Service) -> Non
     states = {one["id"]: (one["state"], one["superseded_by"]) for one in service.ask("GET", "/v1/edits")["data"]}
     assert states == {first: ("superseded", made["record"]["id"]), made["record"]["id"]: ("active", None)}
     assert service.ask("POST", f"/v1/edits/{first}/redo", status=409)
+
+
+def test_an_edit_is_made_on_what_is_asked_for(service: Service) -> None:
+    first = service.edit()["record"]["id"]
+    under = service.edit(prompt="a")["record"]
+    base = service.edit(prompt="a", on_base=True)["record"]
+    assert (under["stack"], base["stack"]) == ([first], [])
+    assert under["file"] != base["file"]
 
 
 def test_pages_of_the_list(service: Service) -> None:
@@ -660,6 +669,21 @@ def test_no_header_breaks_it(shared: Service, name: str, value: bytes) -> None:
 
     asyncio.run(ask())
     assert said[0]["status"] < 500
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(shared: Service) -> None:
+    async def receive() -> Any:
+        return await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    metrics = Metrics()
+    layer = Door(shared.app, tokens=None, metrics=metrics, rules=Rules(seconds=0.05))
+    scope = {"type": "http", "method": "GET", "path": "/healthz", "scheme": "http", "headers": [(b"host", b"localhost")]}
+    asyncio.run(layer({**scope, "asgi": {"version": "3.0"}, "query_string": b"", "root_path": ""}, receive, send))
+    assert metrics.open == 0
 
 
 def test_too_many_at_a_time(shared: Service) -> None:

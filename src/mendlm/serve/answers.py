@@ -126,7 +126,7 @@ class Reply:
             except Exception as error:
                 problem = problem_of(error)
                 if problem.status == 500:
-                    _log.exception("a stream was cut off")
+                    _log.exception("the stream %s was cut off", self.number)
                 yield _event(problem.body)
 
     @property

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from mendlm.errors import MendError, require
 from mendlm.serve import operations, page, schemas
 from mendlm.serve.answers import ClientGone, Reply, events
-from mendlm.serve.door import CALLER, Door, Rules
+from mendlm.serve.door import CALLER, NUMBER, Door, Rules
 from mendlm.serve.metrics import CONTENT_TYPE, Metrics, Number
 from mendlm.serve.problems import Problem, problem_of
 from mendlm.serve.tokens import Tokens
@@ -81,7 +81,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     def refused(request: Request, error: Exception) -> Response:
         problem = problem_of(error)
         if problem.status in (500, 507):
-            _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+            _log.error("request %s failed", request.scope[NUMBER], exc_info=error)
         return JSONResponse(problem.body, problem.status, headers=problem.headers)
 
     def invalid(request: Request, error: Exception) -> Response:

@@ -25,7 +25,7 @@ from pydantic_core import from_json
 
 from mendlm.errors import FormatError
 from mendlm.serve.metrics import Metrics
-from mendlm.serve.problems import Problem
+from mendlm.serve.problems import Problem, problem_of
 from mendlm.serve.tokens import Token, Tokens
 
 Scope = MutableMapping[str, Any]
@@ -47,8 +47,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-CALLER = "mendlm.caller"
-"""Where a request's scope has the name of its token."""
+CALLER, NUMBER = "mendlm.caller", "mendlm.number"
+"""Where a request's scope has the name of its token, and the number under which the log tells of it."""
 _log = logging.getLogger("mendlm.serve")
 
 
@@ -59,7 +59,7 @@ class Rules:
     body: int = 2**20
     """Bytes of a request's body."""
     seconds: float = 30.0
-    """In which the body must have come."""
+    """In which the body must have come, and each part of the answer be taken."""
     requests: int = 256
     """Requests that are answered at a time."""
     public: Collection[str] = ("/", "/healthz", "/openapi.json")
@@ -89,21 +89,25 @@ class Door:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": _with_headers(message.get("headers", ()), number)}
-            await send(message)
+            async with asyncio.timeout(self.rules.seconds):
+                await send(message)
 
+        scope[NUMBER] = number
         self.metrics.open += 1
         try:
             inside = await self._let_in(scope, receive)
             await self.app(scope, inside, answer)
         except Problem as problem:
             await _refuse(problem, answer)
-        except Exception:
-            _log.exception("request %s failed: %s", number, scope["method"])
+        except TimeoutError:
+            if not status:
+                raise
+            _log.warning("request %s: the client does not read its answer", number)
+        except Exception as error:
+            _log.exception("request %s failed", number)
             if status:  # the client sees an answer that was cut off
                 raise
-            await _refuse(
-                Problem(500, f"something went wrong in the server; its log says what at {number}", "internal"), answer
-            )
+            await _refuse(problem_of(error), answer)
         finally:
             self.metrics.open -= 1
             route = getattr(scope.get("route"), "path", "other")

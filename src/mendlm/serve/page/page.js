@@ -269,7 +269,7 @@ function request() {
   });
   return {
     prompt: $("edit-prompt").value, target: $("edit-target").value, rephrasings: lines("edit-rephrasings"), unrelated,
-    chat: $("edit-chat").checked, scale: $("edit-scale").valueAsNumber,
+    chat: $("edit-chat").checked, scale: $("edit-scale").valueAsNumber, on_base: $("edit-on-base").checked,
   };
 }
 
@@ -318,7 +318,7 @@ function named(record) {
 
 function asked(all) {
   // What a gate saw, kind by kind, before and after side by side.
-  const legend = h("p", { class: "hint" }, "Bars: the probability of the new answer; of neighbours and guards, that of the answer to keep.");
+  const legend = h("p", { class: "hint" }, "Bars: the probability of a token of the new answer; of neighbours and guards, of the answer to keep.");
   return [legend, ...Object.entries(KINDS).map(([kind, title]) => {
     const some = all.filter((one) => one.kind === kind);
     if (!some.length) return null;
