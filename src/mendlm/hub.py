@@ -1,6 +1,6 @@
 """Edits and editors in a Hugging Face hub repository: pushed with a card that says what was measured, and pulled back.
 
-What travels is safetensors, JSON and the card (`README.md`), by the names in `FILES`, from the repository's top: no pickle and no
+What travels is safetensors, JSON and the card (`README.md`), by the names in `FILES`, from the repository's top: no pickle, no
 code. A thing is checked before it is pushed, and what was pulled is checked like any local file before it gets its name.
 
 `huggingface_hub` is imported when used; it comes with transformers. Its environment holds here, too: `HF_ENDPOINT`, `HF_TOKEN`,
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from mendlm import adapter, metrics
 from mendlm.checkpoint import editor_path, load_editor
 from mendlm.errors import FormatError, HubError, InputError
-from mendlm.files import new_folder, read_json
+from mendlm.files import new_folder, read_json, sha256
 
 Kind = Literal["edit", "editor"]
 CARD, RESULTS, EDITOR, RUN = "README.md", "summary.json", "editor.safetensors", "run.json"
@@ -90,7 +90,7 @@ def push(
     with _asking(repo, endpoint):
         api = huggingface_hub.HfApi(endpoint=endpoint, token=token, library_name="mendlm")
         name = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        there = api.repo_info(name)
+        there = api.model_info(name)
         if private and not there.private:
             raise InputError(f"the repository {name} exists and is public; name another, or make it private on the hub first")
         old = {sibling.rfilename for sibling in there.siblings or ()} & {file for kind in FILES.values() for file in kind}
@@ -113,14 +113,14 @@ def pull(
     """Bring an edit or an editor from a hub repository into a new folder, whole or not at all.
 
     `revision` is a branch, tag or commit. Files of other names are left where they are, and named in what is returned. Raises
-    `HubError` for a repository that cannot be read, and `FormatError` for one that holds no edit and no editor, or a damaged one.
+    `HubError` for a repository that cannot be read, and `FormatError` for one that holds neither, or a damaged one.
     """
     import huggingface_hub
 
     with new_folder(Path(folder), force=force) as temporary:
         with _asking(repo, endpoint):
             api = huggingface_hub.HfApi(endpoint=endpoint, token=token, library_name="mendlm")
-            info = api.repo_info(repo, revision=revision)
+            info = api.model_info(repo, revision=revision)
             held = [sibling.rfilename for sibling in info.siblings or ()]
             kind: Kind = "edit" if adapter.ABOUT in held else "editor"
             wanted = [name for name in (*FILES[kind], CARD) if name in held]
@@ -144,10 +144,15 @@ def pull(
 def _read(path: Path) -> _Thing:
     """Check a thing as it is checked when it is used. Raises `FormatError`."""
     if (path / adapter.ABOUT).is_file():
-        updates, _, about = adapter.read(path)
-        read_json(path / adapter.CONFIG)
+        updates, transposed, about = adapter.read(path)
+        for name, digest in about["sha256"].items():  # also of the file that only PEFT reads
+            if not (path / name).is_file() or sha256(path / name) != digest:
+                raise FormatError(f"{path / name} is missing, or has changed since it was written; make the edit again")
+        if read_json(path / adapter.CONFIG) != adapter.peft_config(list(updates), about["rank"], bool(transposed), about):
+            raise FormatError(f"{path / adapter.CONFIG} does not fit the edit beside it: PEFT would load something else")
         files = {name: path / name for name in FILES["edit"] if (path / name).is_file()}
-        told = {key: about[key] for key in ("id", "rank", "rows", "request", "parts", "editor", "lost_share") if key in about}
+        says = ("id", "rank", "rows", "request", "parts", "editor", "lost_share")
+        told: dict[str, Any] = {key: about[key] for key in says if key in about}
         return _Thing("edit", files, about.get("base") or {}, about.get("method"), tuple(updates), told)
     file = editor_path(path)
     if not file.is_file():
@@ -236,11 +241,12 @@ def _share(value: object) -> str:
 @contextlib.contextmanager
 def _asking(repo: str, endpoint: str | None) -> Iterator[None]:
     """What goes wrong while a hub is asked is a `HubError` that says what to do; the hub's client draws no bars."""
-    from huggingface_hub import constants, errors
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    import huggingface_hub
 
-    place, drawing = endpoint or constants.ENDPOINT, not are_progress_bars_disabled()
-    disable_progress_bars()
+    errors: Any = huggingface_hub.errors
+    bars: Any = huggingface_hub.utils
+    place, drawing = endpoint or huggingface_hub.constants.ENDPOINT, not bars.are_progress_bars_disabled()
+    bars.disable_progress_bars()
     try:
         yield
     except errors.OfflineModeIsEnabled:
@@ -253,8 +259,8 @@ def _asking(repo: str, endpoint: str | None) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise HubError(
-            f"there is no repository {repo} at {place}, or it is private or gated and your token may not read it; check the name, "
-            "or log in by `hf auth login`"
+            f"there is no repository {repo} at {place}, or it is private or gated and your token may not read it; check the "
+            "name, or log in by `hf auth login`"
         ) from None
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
@@ -264,7 +270,7 @@ def _asking(repo: str, endpoint: str | None) -> Iterator[None]:
         raise HubError(f"{place} cannot be reached ({_first_line(error)}); check the network, or HF_ENDPOINT") from None
     finally:
         if drawing:
-            enable_progress_bars()
+            bars.enable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:
