@@ -273,7 +273,7 @@ def test_an_adapter_that_peft_would_read_otherwise_is_not_kept(hub: Hub, tmp_pat
     with pytest.raises(FormatError, match="something else"):
         pull("me/repo", tmp_path / "back", endpoint=hub.url)
     hub.repos["me/repo"] = {**files, "adapter_model.safetensors": files["exact.safetensors"]}
-    with pytest.raises(FormatError, match="adapter_model.safetensors is missing, or has changed"):
+    with pytest.raises(FormatError, match=r"adapter_model\.safetensors is missing, or has changed"):
         pull("me/repo", tmp_path / "back", endpoint=hub.url)
     hub.repos["me/repo"] = files
     pull("me/repo", tmp_path / "back", endpoint=hub.url)
