@@ -274,7 +274,7 @@ def _first(errors: Sequence[Any]) -> Problem:
     """What a client is told of the errors of its form. What it sent is not repeated: it may be long."""
     error = next((one for one in errors if not one["type"].endswith("_type")), errors[0])  # else of a union, its first form
     named = [part for part in error["loc"][1:] if isinstance(part, int) or part in schemas.FIELDS]
-    if error["type"] in _OF_A_NAME:
+    if error["type"] in _OF_A_NAME or error["loc"][0] == "query":
         named = list(error["loc"][1:])
     param = ".".join(str(part) for part in named)[:100] or None
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

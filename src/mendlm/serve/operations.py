@@ -79,7 +79,8 @@ def turn(kind: str, edit: str, author: str, reason: str) -> Task:
     def task(session: Session) -> dict[str, Any]:
         known(session, edit)
         try:
-            (session.undo if kind == "undo" else session.redo)(edit, author=author, reason=reason)
+            # An undo does not read the edit's file: an edit whose file is damaged can be undone.
+            (session.store.undo if kind == "undo" else session.redo)(edit, author=author, reason=reason)
         except InputError as error:
             raise Problem(409, str(error), "conflict") from None
         return record_json(session.store.record(edit))
