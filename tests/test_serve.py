@@ -393,6 +393,22 @@ def test_bad_input_in_a_query_is_said_to_be_bad(shared: Service) -> None:
         assert (error["param"], error["message"][: len(param)]) == (param, param)
 
 
+@pytest.mark.parametrize("path", ["edits", "preview"])
+def test_an_edit_has_a_longest_text(path: str) -> None:
+    service = Service(limits=Limits(gather_ms=0, max_tokens=10, edit_tokens=40))
+    for body, words in (
+        ({**EDIT, "unrelated": ["a" * 12, {"prompt": "a" * 12}], "rephrasings": ["a" * 12]}, "at most 40"),
+        ({"prompt": "a", "target": "b" * 12}, "an answer has 13 tokens; this service allows at most 10"),
+        ({"prompt": "a", "target": "b", "unrelated": [{"prompt": "a", "answer": "b" * 12}]}, "allows at most 10"),
+    ):
+        body = {key: value for key, value in body.items() if path == "edits" or key not in ("author", "reason", "on_fail")}
+        assert words in service.ask("POST", f"/v1/{path}", body, status=400)["error"]["message"]
+    service.ask(
+        "POST", f"/v1/{path}", {"prompt": "a" * 20, "target": "b", "unrelated": ["a"]}, status=201 if path == "edits" else 200
+    )
+    service.worker.close(10)
+
+
 def test_a_model_that_is_not_served(shared: Service) -> None:
     for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [TURN]})):
         error = shared.ask("POST", f"/v1/{path}", {**body, "model": "gpt-4"}, status=404)["error"]

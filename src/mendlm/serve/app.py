@@ -122,7 +122,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     @app.post("/v1/edits", status_code=201, response_model=schemas.MadeEdit, responses=conflict, tags=["edits"])
     async def make_edit(request: Request, body: schemas.EditRequest) -> Response:
         """Make an edit, ask its gate, and keep it: it is active, and on the disk, when this answers."""
-        return JSONResponse(await call(operations.make(body, author(request, body.author))), 201)
+        return JSONResponse(await call(operations.make(body, author(request, body.author), worker.limits)), 201)
 
     @app.get("/v1/edits", response_model=schemas.EditList, responses=missing, tags=["edits"])
     async def list_edits(
@@ -151,7 +151,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     @app.post("/v1/preview", response_model=schemas.Preview, tags=["edits"])
     async def preview(body: schemas.PreviewRequest) -> Response:
         """Try an edit on, ask its gate, and throw it away."""
-        return JSONResponse(await call(operations.preview(body)))
+        return JSONResponse(await call(operations.preview(body, worker.limits)))
 
     @app.get("/v1/edits/{id}/adapter", response_class=Response, responses=zipped, tags=["edits"])
     async def edit_adapter(id: str) -> Response:

@@ -65,6 +65,8 @@ class Limits:
     """The longest answer that may be asked for, in tokens."""
     prompt_tokens: int = 2048
     """The longest prompt, in tokens; the model's window may allow less."""
+    edit_tokens: int = 8192
+    """The most tokens of all prompts of an edit or a preview together; their answers keep to `max_tokens`."""
     seconds: float = 60
     """How long a completion may take, from its acceptance to the end of its answer."""
 
