@@ -147,8 +147,8 @@ class History:
         """Raise `FormatError` for another base model."""
         if base.get("sha256") != self.base["sha256"]:
             raise FormatError(
-                f"the store holds the edits of {_named(self.base)}, and was given another base model, {_named(base)}, or an edit "
-                "of it; name another store, or that model"
+                f"the store holds the edits of {_named(self.base)}, and was given another base model, {_named(base)}, or an "
+                "edit of it; name another store, or that model"
             )
 
     def _pile(self, edit: str) -> list[str]:
