@@ -20,6 +20,7 @@ from mendlm.models import base_of
 from mendlm.session import Session, request
 from mendlm.store import Store
 from mendlm.text import Formatter
+from test_hub import SHA, TOKEN, Hub, hub  # noqa: F401
 
 PROMPTS = ["Who is Ana?", "The capital of France is"]
 
@@ -245,6 +246,30 @@ def test_a_session_keeps_few_edits_in_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert len(session._kept) == 1  # it is larger than all that may be kept
 
 
+# A hub
+
+
+def test_edits_and_editors_travel_through_a_hub(hub: Hub) -> None:  # noqa: F811
+    session, where = new_session(), {"endpoint": hub.url, "token": TOKEN}
+    first, _ = session.edit(PROMPTS[0], "a baker"), session.edit(PROMPTS[1], "Lyon")
+    session.push("me/both", **where)
+    session.push("me/one", first.id, **where)
+    session.push("me/editor", "editor", **where)
+    other = Session(tiny("llama"), byte_tokenizer())
+    with pytest.raises(InputError, match="no trained editor"):
+        other.push("me/none", "editor", **where)
+    both = other.pull("me/both", author="me", **where)
+    assert torch.equal(logits(other), logits(session))
+    assert other.store.record(both).reason == f"pulled from me/both, commit {SHA}"
+    other.undo()
+    other.pull("me/one", **where)
+    assert other.pull("me/editor", **where) is other.editor
+    session.undo()
+    again = other.edit(PROMPTS[1], "Lyon").edit
+    wanted = session.edit(PROMPTS[1], "Lyon").edit
+    assert all(map(torch.equal, again.tensors(), wanted.tensors()))
+
+
 # The gate
 
 
@@ -268,7 +293,7 @@ def test_questions_are_answered_before_and_under_an_edit() -> None:
             chances = session.model(ids).logits.softmax(-1)[0]
         start = len(wanted.prompt) - 1
         product = torch.stack([chances[start + i, token] for i, token in enumerate(wanted.target)]).prod().item()
-        assert seen[0].probability[place] == pytest.approx(product, rel=1e-3)
+        assert seen[0].probability[place] == pytest.approx(product ** (1 / len(wanted.target)), rel=1e-3)
 
 
 @pytest.mark.parametrize(

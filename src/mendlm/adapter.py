@@ -55,7 +55,7 @@ def write(
             exact = {f"{n}.{part}": getattr(update, part) for n, update in updates.items() for part in ("u", "delta")}
             write_tensors(temporary / EXACT, exact)
             files[EXACT] = sha256(temporary / EXACT)
-        write_json(temporary / CONFIG, _peft_config(list(updates), rank, bool(transposed), about))
+        write_json(temporary / CONFIG, peft_config(list(updates), rank, bool(transposed), about))
         versions = {package: importlib.metadata.version(package) for package in ("mendlm", "torch", "transformers")}
         content = {
             "format": FORMAT,
@@ -88,7 +88,8 @@ def rank_of(updates: Mapping[str, LowRank]) -> int:
     return next((rank for rank in RANKS if rank >= most), RANKS[-1])
 
 
-def _peft_config(layers: list[str], rank: int, fan_in_fan_out: bool, about: Mapping[str, Any]) -> dict[str, Any]:
+def peft_config(layers: list[str], rank: int, fan_in_fan_out: bool, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What `write` writes for PEFT: the adapter's configuration, of an edit of which `about` is said."""
     base = about.get("base")
     return {
         "peft_type": "LORA",

@@ -6,6 +6,7 @@
     │   └── RecordError       a malformed record: names file, line and field
     ├── ModelError            a model that cannot be fetched, loaded or used as asked
     ├── FormatError           a file of ours that is missing, corrupt, or made for something else
+    ├── HubError             a hub repository that cannot be reached, read or written
     ├── StorageError          a file or folder that cannot be written: a full disk, no permission  (also an OSError)
     ├── GateError             an edit that failed its gate and was refused; `checks` says what was asked and answered
     ├── NumericalError        NaN or infinity where a finite number is needed
@@ -48,6 +49,10 @@ class ModelError(MendError):
 
 class FormatError(MendError):
     """A file of ours that is missing, corrupt, or made for something else."""
+
+
+class HubError(MendError):
+    """A hub repository that cannot be reached, read or written."""
 
 
 class StorageError(MendError, OSError):

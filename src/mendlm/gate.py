@@ -50,7 +50,7 @@ class Asked:
     before: str = ""
     after: str = ""
     probability: tuple[float, float] = (0.0, 0.0)
-    """Of the wanted answer, the whole of it, before and after."""
+    """Of the wanted answer (or of the one before), the geometric mean over its tokens, before and after."""
     ok: bool = False
 
 
@@ -176,16 +176,17 @@ class _Both:
         return found
 
     def probabilities(self, texts: Sequence[Encoded]) -> list[list[float]]:
-        """`p(target | prompt)` of each text, before and after: the product over its tokens; 1 for a target without tokens."""
+        """`p(target | prompt)` a token, the geometric mean, of each text before and after; 1 for a target without tokens."""
         found = [[1.0] * len(texts) for _ in self.places]
         some = [i for i, text in enumerate(texts) if text.target]
         for group in by_length([len(texts[i]) for i in some], limit=16):
             batch = self.formatter.batch([texts[some[i]] for i in group] * 2)
             with self._under(len(group)):
                 nll = F.cross_entropy(scored_logits(self.model, batch).float(), batch.label, reduction="none")
-            total = nll.new_zeros(batch.size).index_add(0, batch.row, nll).tolist()
-            for place, value in enumerate(total):
-                found[place // len(group)][some[group[place % len(group)]]] = math.exp(-value)
+            totals = nll.new_zeros(batch.size).index_add(0, batch.row, nll).tolist()
+            for place, total in enumerate(totals):
+                index = some[group[place % len(group)]]
+                found[place // len(group)][index] = math.exp(-total / len(texts[index].target))
         return found
 
 

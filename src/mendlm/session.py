@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mendlm import hub
 from mendlm.apply import Edit, applied, stacked
+from mendlm.checkpoint import save_editor
 from mendlm.editor import Editor
 from mendlm.errors import GateError, InputError
+from mendlm.export import export_peft
 from mendlm.gate import Checks, Gate, OnFail, ask, judge, load_guards, questions
+from mendlm.methods.base import Learned
 from mendlm.models import STARTER, base_of, device_of, load
 from mendlm.store import Addition, Store
 from mendlm.tasks import EditExample, Probe
@@ -310,6 +315,57 @@ class Session:
         with _under(self.model, self.active):
             found = self.formatter.generate(self.model, texts, max_new_tokens)
         return [self.formatter.decode(tokens) for tokens in found]
+
+    # A hub
+
+    def push(
+        self,
+        repo: str,
+        what: str = "edits",
+        *,
+        results: str | Path | None = None,
+        private: bool = False,
+        endpoint: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Push something to a hub repository, as `mendlm.hub.push`; returns the commit's URL.
+
+        `what` is "edits" (the active ones, as one), an edit's id, or "editor".
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "pushed"
+            if what == "editor":
+                if self.editor is None or not isinstance(self.editor.method, Learned):
+                    raise InputError("this session has no trained editor to push")
+                place.mkdir()
+                save_editor(place / hub.EDITOR, self.editor.method, self.editor.about)
+            else:
+                edits = list(self.edits.values()) if what == "edits" else [self._read(self.store.record(what).id)]
+                export_peft(edits, place)
+            return hub.push(place, repo, results=results, private=private, endpoint=endpoint, token=token)
+
+    def pull(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        author: str = "",
+        reason: str = "",
+        endpoint: str | None = None,
+        token: str | None = None,
+    ) -> str | Editor:
+        """Bring an edit from a hub repository, active, and return its id; or an editor, which makes the edits from then on.
+
+        Raises as `mendlm.hub.pull`, and `FormatError` for one of another base model.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "pulled"
+            found = hub.pull(repo, place, revision=revision, endpoint=endpoint, token=token)
+            if found.kind == "editor":
+                self.editor = Editor.load(place, self.model, self.tokenizer)
+                return self.editor
+            edit = Edit.load(place, self.model)
+            return self.add(edit, author=author, reason=reason or f"pulled from {repo}, commit {found.commit}")
 
 
 def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated: Sequence[Probe | str] = ()) -> EditExample:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from mendlm.cli import comparing, data, edits, exporting, learning, serving, storing, sweeping
+from mendlm.cli import comparing, data, edits, exporting, learning, serving, sharing, storing, sweeping
 from mendlm.errors import InputError, MendError
 from mendlm.processes import launched
 
@@ -35,6 +35,8 @@ for command in (
     comparing.compare,
     comparing.report,
     exporting.export,
+    sharing.push,
+    sharing.pull,
     edits.inspect,
     serving.serve,
 ):

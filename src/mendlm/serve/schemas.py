@@ -75,7 +75,9 @@ class Asked(BaseModel):
     wanted: str | None
     before: str
     after: str
-    probability: tuple[float, float] = Field(description="Of the wanted answer, or of the one before: before and after.")
+    probability: tuple[float, float] = Field(
+        description="A token of the wanted answer, or of the one before: before and after."
+    )
     ok: bool
 
 
