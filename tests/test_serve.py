@@ -191,6 +191,7 @@ def test_pages_of_the_list(service: Service) -> None:
         schemas.EditList.model_validate(page_)
         found += [one["id"] for one in page_["data"]]
         after = {"after": found[-1]}
+        assert len(found) <= 3
     assert found == ids
     assert page_["head"] == service.session.store.head
     assert [one["id"] for one in service.ask("GET", "/v1/edits", params={"state": "active"})["data"]] == [ids[0], ids[2]]
@@ -597,7 +598,8 @@ def test_a_body_that_does_not_come(shared: Service) -> None:
     [
         b"{", b"\xff\xfe", b"", b"null", b"1", b'"a"', b"[" * 100_000, b'{"prompt":' * 5000, b"9" * 100_000, b"{} {}",
         b'{"prompt": "a", "target": "b", "scale": NaN}', b'{"prompt": "a", "target": "b", "scale": Infinity}',
-        b'{"prompt": "a", "target": "b", "scale": 1e999}', b'{"prompt": "a", "max_tokens": 1, "metadata": {"a": NaN}}', b'{"prompt": "a", "max_tokens": 1, "user": -Infinity}',
+        b'{"prompt": "a", "target": "b", "scale": 1e999}', b'{"prompt": "a", "max_tokens": 1, "metadata": {"a": NaN}}',
+        b'{"prompt": "a", "max_tokens": 1, "user": -Infinity}',
         b'{"prompt": "\\ud800", "target": "b"}', b'{"prompt": "a", "target": "\\udfff\\ud800"}', b'{"\\ud800": 1}',
         b'{"prompt": {"prompt": {}}, "target": []}', b'{"prompt": "a", "target": "b", "scale": 1e-400}', b"\xef\xbb\xbf{}",
         b'{"prompt": "a\xc3", "target": "b"}', b"\0",
