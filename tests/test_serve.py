@@ -32,7 +32,7 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cases import byte_tokenizer, tiny
+from cases import byte_tokenizer, files_limited_to, tiny
 from mendlm.apply import Edit
 from mendlm.checkpoint import save_editor
 from mendlm.cli import app, main
@@ -216,9 +216,9 @@ def test_ids_are_whole(service: Service) -> None:
     for wrong in (name[:6], name + "0", "x", "%00", "a" * 3000, "..%2F..%2Fetc"):
         for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/redo"), ("GET", "/adapter")):
             service.ask(method, f"/v1/edits/{wrong}{path}", status=404)
-    assert (
-        service.ask("POST", "/v1/completions", {"prompt": "a", "edits": ["x"]}, status=404)["error"]["code"] == "unknown_edit"
-    )
+    for wrong in ("x", name[:6]):
+        error = service.ask("POST", "/v1/completions", {"prompt": "a", "edits": [wrong]}, status=404)["error"]
+        assert error["code"] == "unknown_edit"
 
 
 def test_adapters_hold_the_edits(service: Service, tmp_path: Path) -> None:
@@ -388,6 +388,28 @@ def test_bad_input_is_said_to_be_bad(shared: Service, path: str, body: Any, para
         assert error["param"] == param
 
 
+def test_bad_input_in_a_query_is_said_to_be_bad(shared: Service) -> None:
+    for query, param in (("limit=0", "limit"), ("state=x", "state"), ("after=" + "a" * 65, "after")):
+        error = shared.ask("GET", f"/v1/edits?{query}", status=400)["error"]
+        assert (error["param"], error["message"][: len(param)]) == (param, param)
+
+
+@pytest.mark.parametrize("path", ["edits", "preview"])
+def test_an_edit_has_a_longest_text(path: str) -> None:
+    service = Service(limits=Limits(gather_ms=0, max_tokens=10, edit_tokens=40))
+    for body, words in (
+        ({**EDIT, "unrelated": ["a" * 12, {"prompt": "a" * 12}], "rephrasings": ["a" * 12]}, "at most 40"),
+        ({"prompt": "a", "target": "b" * 12}, "an answer has 13 tokens; this service allows at most 10"),
+        ({"prompt": "a", "target": "b", "unrelated": [{"prompt": "a", "answer": "b" * 12}]}, "allows at most 10"),
+    ):
+        body = {key: value for key, value in body.items() if path == "edits" or key not in ("author", "reason", "on_fail")}
+        assert words in service.ask("POST", f"/v1/{path}", body, status=400)["error"]["message"]
+    service.ask(
+        "POST", f"/v1/{path}", {"prompt": "a" * 20, "target": "b", "unrelated": ["a"]}, status=201 if path == "edits" else 200
+    )
+    service.worker.close(10)
+
+
 def test_a_model_that_is_not_served(shared: Service) -> None:
     for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [TURN]})):
         error = shared.ask("POST", f"/v1/{path}", {**body, "model": "gpt-4"}, status=404)["error"]
@@ -445,6 +467,41 @@ def test_what_the_worker_refuses(service: Service, monkeypatch: pytest.MonkeyPat
         ("GET", "/healthz", None),
     ):
         service.ask(method, path, body, status=503)
+
+
+def stored(tmp_path: Path) -> Service:
+    """A service whose store is a folder."""
+    return Service(store=Store.open(tmp_path / "s", base_of(tiny("llama"))))
+
+
+def test_a_full_disk_loses_nothing_and_the_service_goes_on(tmp_path: Path) -> None:
+    service = stored(tmp_path)
+    kept = service.edit()["record"]
+    for limit in (1, 2000):  # nothing can be written, or the journal but not the edit
+        with files_limited_to(limit):
+            error = service.ask("POST", "/v1/edits", {**EDIT, "target": "a smith"}, status=507)["error"]
+            assert error["code"] == "storage"
+            assert service.ask("POST", "/v1/completions", {"prompt": "a"})["choices"]
+    with files_limited_to(1):
+        service.ask("DELETE", f"/v1/edits/{kept['id']}", status=507)
+    assert service.ask("GET", "/v1/edits")["data"] == [kept]
+    assert service.session.store.verify().problems == ()
+    assert service.edit(target="a smith")["replaces"] == [kept["id"]]
+    service.worker.close(10)
+
+
+def test_an_edit_whose_file_is_damaged_can_be_undone_and_not_redone(tmp_path: Path) -> None:
+    service = stored(tmp_path)
+    name = service.edit()["record"]["id"]
+    (file,) = (tmp_path / "s" / "edits").iterdir()
+    file.write_bytes(file.read_bytes()[:-4] + b"gone")
+    service.session._kept.clear()
+    assert service.ask("POST", "/v1/completions", {"prompt": "a"}, status=500)["error"]["code"] == "damaged"
+    assert service.ask("DELETE", f"/v1/edits/{name}")["state"] == "undone"
+    assert service.ask("POST", "/v1/completions", {"prompt": "a"})["choices"]
+    service.ask("POST", f"/v1/edits/{name}/redo", status=500)
+    assert service.ask("GET", f"/v1/edits/{name}")["state"] == "undone"
+    service.worker.close(10)
 
 
 def test_an_answer_that_comes_too_late() -> None:

@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import filelock
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 import mendlm.store
 from cases import files_limited_to
 from mendlm.errors import FormatError, InputError, StorageError
+from mendlm.files import LOCK
 from mendlm.journal import ROOT, Entry, History, digest, following
 from mendlm.store import Addition, Store
 
@@ -519,3 +521,18 @@ def test_a_held_store_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> 
         store.add(addition())
     other.execute("ROLLBACK")
     assert store.add(addition()).state == "active"
+
+
+def test_a_store_that_cannot_be_locked_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mendlm.store, "WAIT", 0.05)
+    with filelock.FileLock(store.place / LOCK), pytest.raises(StorageError, match="held by another process"):
+        Store.open(store.place)
+    (store.place / LOCK).unlink()
+    (store.place / LOCK).mkdir()  # as a folder that may only be read, it cannot be opened for writing
+    with pytest.raises(StorageError, match="cannot write"):
+        Store.open(store.place)
+
+
+def test_a_store_that_another_process_is_making_is_no_folder_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite-wal").write_bytes(b"")  # seen after the database was looked for
+    assert Store.open(tmp_path, BASE).records() == []

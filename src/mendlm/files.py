@@ -25,11 +25,13 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Name the file in what the operating system refuses inside the block, as a `StorageError`."""
+    """Name the file in what the operating system refuses inside the block, a lock included, as a `StorageError`."""
     try:
         yield
     except MendError:
         raise
+    except filelock.Timeout:
+        raise StorageError(f"{path} is held by another process; try again") from None
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; free the disk or name another place") from error
 

@@ -283,7 +283,10 @@ class Session:
         return self.store.add(new, author=author, reason=reason).id
 
     def undo(self, name: str | None = None, *, author: str = "", reason: str = "") -> Edit:
-        """Take an edit off, by default the latest active one; what it had replaced comes back. Returns the edit."""
+        """Take an edit off, by default the latest active one; what it had replaced comes back. Returns the edit.
+
+        Raises `FormatError` if its file is damaged; it is off all the same.
+        """
         return self._read(self.store.undo(name, author=author, reason=reason).id)
 
     def redo(self, name: str | None = None, *, author: str = "", reason: str = "") -> Edit:

@@ -122,7 +122,7 @@ class Store:
         place = Path(place)
         _require_place(place, base)
         with folder(place), _naming(place):
-            with filelock.FileLock(place / LOCK, timeout=WAIT), storing(place):  # two may make it at once
+            with storing(place), filelock.FileLock(place / LOCK, timeout=WAIT):  # two may make it at once
                 connection = _connected(place / DATABASE)
                 try:
                     _migrate(connection, base, place)
@@ -519,7 +519,8 @@ def _require_place(place: Path, base: Mapping[str, Any] | None) -> None:
         return
     if base is None:
         raise InputError(f"{place} is no store: it has no {DATABASE}; add an edit to it, and it is made")
-    if place.exists() and (other := {path.name for path in place.iterdir()} - {FILES, LOCK, DATABASE}):
+    other = {path.name for path in place.iterdir()} - {FILES, LOCK} if place.exists() else set()
+    if other := {name for name in other if not name.startswith(DATABASE)}:  # which another process may be making now
         raise InputError(
             f"{place} is no store, and it holds other files ({min(other)}, ...); name an empty folder, or a new one"
         )

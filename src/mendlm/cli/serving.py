@@ -46,6 +46,9 @@ def serve(
     gather: Annotated[float, typer.Option("--gather-ms", min=0, help="How long a completion waits for company.")] = 5,
     tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer, in tokens.")] = 512,
     prompt_tokens: Annotated[int, typer.Option("--max-prompt-tokens", min=1, help="The longest prompt, in tokens.")] = 2048,
+    edit_tokens: Annotated[
+        int, typer.Option("--max-edit-tokens", min=1, help="The prompts of an edit or a preview together, in tokens.")
+    ] = 8192,
     seconds: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds that a completion may take in all.")] = 60,
     body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request's body.")] = 2**20,
     requests: Annotated[int, typer.Option("--max-requests", min=1, help="Requests that are answered at a time.")] = 256,
@@ -91,6 +94,7 @@ def serve(
             gather_ms=gather,
             max_tokens=tokens,
             prompt_tokens=prompt_tokens,
+            edit_tokens=edit_tokens,
             seconds=seconds,
         )
         options: dict[str, Any] = {

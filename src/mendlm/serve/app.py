@@ -122,7 +122,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     @app.post("/v1/edits", status_code=201, response_model=schemas.MadeEdit, responses=conflict, tags=["edits"])
     async def make_edit(request: Request, body: schemas.EditRequest) -> Response:
         """Make an edit, ask its gate, and keep it: it is active, and on the disk, when this answers."""
-        return JSONResponse(await call(operations.make(body, author(request, body.author))), 201)
+        return JSONResponse(await call(operations.make(body, author(request, body.author), worker.limits)), 201)
 
     @app.get("/v1/edits", response_model=schemas.EditList, responses=missing, tags=["edits"])
     async def list_edits(
@@ -151,7 +151,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     @app.post("/v1/preview", response_model=schemas.Preview, tags=["edits"])
     async def preview(body: schemas.PreviewRequest) -> Response:
         """Try an edit on, ask its gate, and throw it away."""
-        return JSONResponse(await call(operations.preview(body)))
+        return JSONResponse(await call(operations.preview(body, worker.limits)))
 
     @app.get("/v1/edits/{id}/adapter", response_class=Response, responses=zipped, tags=["edits"])
     async def edit_adapter(id: str) -> Response:
@@ -274,7 +274,7 @@ def _first(errors: Sequence[Any]) -> Problem:
     """What a client is told of the errors of its form. What it sent is not repeated: it may be long."""
     error = next((one for one in errors if not one["type"].endswith("_type")), errors[0])  # else of a union, its first form
     named = [part for part in error["loc"][1:] if isinstance(part, int) or part in schemas.FIELDS]
-    if error["type"] in _OF_A_NAME:
+    if error["type"] in _OF_A_NAME or error["loc"][0] == "query":
         named = list(error["loc"][1:])
     param = ".".join(str(part) for part in named)[:100] or None
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

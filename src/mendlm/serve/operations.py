@@ -20,6 +20,7 @@ from mendlm.files import storing
 from mendlm.journal import Record
 from mendlm.serve.problems import Problem
 from mendlm.serve.schemas import EditRequest, PreviewRequest, Unrelated
+from mendlm.serve.worker import Limits
 from mendlm.session import Session
 from mendlm.tasks import Probe
 
@@ -46,10 +47,11 @@ def show(edit: str) -> Task:
     return lambda session: record_json(known(session, edit))
 
 
-def make(asked: EditRequest, author: str) -> Task:
+def make(asked: EditRequest, author: str, limits: Limits) -> Task:
     """Make an edit."""
 
     def task(session: Session) -> dict[str, Any]:
+        _require_short(session, asked, limits)
         made = session.edit(
             asked.prompt, asked.target, on_fail=asked.on_fail, author=author, reason=asked.reason, **_wanted(asked)
         )
@@ -59,10 +61,11 @@ def make(asked: EditRequest, author: str) -> Task:
     return task
 
 
-def preview(asked: PreviewRequest) -> Task:
+def preview(asked: PreviewRequest, limits: Limits) -> Task:
     """Try an edit on."""
 
     def task(session: Session) -> dict[str, Any]:
+        _require_short(session, asked, limits)
         told = session.preview(asked.prompt, asked.target, **_wanted(asked)).to_json()
         try:
             json.dumps(told, allow_nan=False)
@@ -79,7 +82,8 @@ def turn(kind: str, edit: str, author: str, reason: str) -> Task:
     def task(session: Session) -> dict[str, Any]:
         known(session, edit)
         try:
-            (session.undo if kind == "undo" else session.redo)(edit, author=author, reason=reason)
+            # An undo does not read the edit's file: an edit whose file is damaged can be undone.
+            (session.store.undo if kind == "undo" else session.redo)(edit, author=author, reason=reason)
         except InputError as error:
             raise Problem(409, str(error), "conflict") from None
         return record_json(session.store.record(edit))
@@ -129,6 +133,19 @@ def known(session: Session, edit: str) -> Record:
 def record_json(record: Record) -> dict[str, Any]:
     """A record as it is sent."""
     return record.to_json()
+
+
+def _require_short(session: Session, asked: PreviewRequest, limits: Limits) -> None:
+    """Raise `InputError` for more text than the model can look at while others wait: nobody else is answered meanwhile."""
+    form, unrelated = session.formatter, [one for one in asked.unrelated if isinstance(one, Unrelated)]
+    prompts = [asked.prompt, *asked.rephrasings, *(one if isinstance(one, str) else one.prompt for one in asked.unrelated)]
+    if (size := sum(len(form.encode(prompt, None, chat=asked.chat)) for prompt in prompts)) > limits.edit_tokens:
+        raise InputError(
+            f"the prompts have {size} tokens together; this service allows at most {limits.edit_tokens}; shorten them"
+        )
+    for answer in (asked.target, *(one.answer for one in unrelated if one.answer)):
+        if (size := len(form.encode(asked.prompt, answer, chat=asked.chat).target)) > limits.max_tokens:
+            raise InputError(f"an answer has {size} tokens; this service allows at most {limits.max_tokens}")
 
 
 def _wanted(asked: PreviewRequest) -> Mapping[str, Any]:

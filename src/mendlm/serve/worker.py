@@ -65,6 +65,8 @@ class Limits:
     """The longest answer that may be asked for, in tokens."""
     prompt_tokens: int = 2048
     """The longest prompt, in tokens; the model's window may allow less."""
+    edit_tokens: int = 8192
+    """The most tokens of all prompts of an edit or a preview together; their answers keep to `max_tokens`."""
     seconds: float = 60
     """How long a completion may take, from its acceptance to the end of its answer."""
 
@@ -416,10 +418,14 @@ class Worker:
         store = self._session.store
         if wanted is None:
             return tuple(record.id for record in store.active())
-        try:
-            return tuple(dict.fromkeys(store.record(one).id for one in wanted))
-        except InputError as error:
-            raise UnknownEdit(str(error)) from None
+        for one in wanted:
+            try:
+                whole = store.record(one).id
+            except InputError as error:
+                raise UnknownEdit(str(error)) from None
+            if one != whole:  # the beginning of an id could come to mean another edit
+                raise UnknownEdit(f"there is no edit {one!r}; give whole ids, as {whole}")
+        return tuple(dict.fromkeys(wanted))
 
     def _stops(self, ticket: Ticket) -> bool:
         """Whether a completion goes on no more; what had to end it now has been told."""
