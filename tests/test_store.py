@@ -217,6 +217,20 @@ def test_damaged_files_are_found_and_named(store: Store) -> None:
     assert files[3].exists()
 
 
+def test_an_export_restores_damaged_files(store: Store, tmp_path: Path) -> None:
+    records = [store.add(addition(content, prompt=str(content))) for content in (b"first", b"second", b"third")]
+    store.export_to(tmp_path / "x.zip")
+    paths = [store.place / "edits" / f"{record.file}.safetensors" for record in records]
+    paths[0].write_bytes(b"other")
+    paths[1].unlink()
+    assert len(store.verify().problems) == 2
+    assert store.import_from(tmp_path / "x.zip").added == ()
+    assert store.verify() == mendlm.store.Verdict(records[-1].id + store.head[12:], 3, 3)
+    paths[0].write_bytes(b"other")
+    again = store.add(addition(b"first", prompt="again"))
+    assert store.content(again.id) == b"first"
+
+
 @pytest.mark.parametrize("damage", [b"", b"nonsense" * 999])
 def test_a_damaged_database_is_said(tmp_path: Path, damage: bytes) -> None:
     store = Store.open(tmp_path / "s", BASE)

@@ -24,7 +24,7 @@ from typing import Any
 import filelock
 
 from mendlm.errors import FormatError, InputError, StorageError
-from mendlm.files import LOCK, folder, storing, sync, write_bytes, writing
+from mendlm.files import LOCK, folder, sha256, storing, sync, write_bytes, writing
 from mendlm.journal import ROOT, Entry, History, Record, canonical, following, now
 
 DATABASE, FILES, ENDING = "journal.sqlite", "edits", ".safetensors"
@@ -33,6 +33,7 @@ WAIT = 30.0
 LARGEST = 2**30
 """Bytes that one edit may have."""
 _BASE, _ENTRIES = "base.json", "journal.jsonl"
+_RESTORE = "restore it from a copy (importing an export of this store does), or undo the edit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +223,9 @@ class Store:
             with path.open("rb") as file:
                 content = file.read(size + 1)
         except OSError as error:
-            raise FormatError(f"the edit's file {path} cannot be read: {error.strerror}; restore it from a copy") from None
+            raise FormatError(f"the edit's file {path} cannot be read: {error.strerror}; {_RESTORE}") from None
         if hashlib.sha256(content).hexdigest() != name:
-            raise FormatError(f"the edit's file {path} has changed since it was written; restore it from a copy")
+            raise FormatError(f"the edit's file {path} has changed since it was written; {_RESTORE}")
         return content
 
     def _path(self, name: str) -> Path:
@@ -284,9 +285,13 @@ class Store:
     def _keep(self, file: str, content: bytes, new: list[str]) -> None:
         if self.place is None:
             self._held[file] = content
-        elif not self._path(file).exists():
+            return
+        path = self._path(file)
+        if not path.exists():
             new.append(file)
-            write_bytes(self._path(file), content)
+        elif sha256(path) == file:
+            return
+        write_bytes(path, content)  # in place of a damaged one, too
 
     def _append(self, body: Mapping[str, Any]) -> Entry:
         history = self._history
@@ -394,7 +399,8 @@ class Store:
     def import_from(self, path: str | Path, *, author: str = "", reason: str = "") -> Imported:
         """Take in what `export_to` wrote.
 
-        If the other journal goes on where this one ends, its entries follow here as they are, and both have one history. Else
+        If the other journal goes on where this one ends, its entries follow here as they are, both have one history, and files
+        that are missing or damaged here are written again. Else
         the edits that are active there, and unknown here, are added as new ones, superseding those of the same prompts here;
         they say where they come from (`Record.imported`). All or nothing.
 
