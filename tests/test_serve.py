@@ -176,10 +176,26 @@ def test_a_second_edit_of_a_prompt_supersedes_the_first(service: Service) -> Non
 
 def test_an_edit_is_made_on_what_is_asked_for(service: Service) -> None:
     first = service.edit()["record"]["id"]
-    under = service.edit(prompt="a")["record"]
-    base = service.edit(prompt="a", on_base=True)["record"]
+    under = service.edit(prompt="a", on_base=False)["record"]
+    base = service.edit(prompt="a")["record"]
     assert (under["stack"], base["stack"]) == ([first], [])
     assert under["file"] != base["file"]
+
+
+def test_the_journal_and_a_check_of_all_promises(service: Service) -> None:
+    made = service.edit(unrelated=[PROMPTS[1]], author="Ana", reason="so")["record"]["id"]
+    checks = service.ask("POST", "/v1/check")
+    schemas.Checks.model_validate(checks)
+    assert [one["kind"] for one in checks["asked"]] == ["prompt", "unrelated"]
+    under = service.ask("POST", "/v1/completions", {"prompt": PROMPTS[1], "max_tokens": 4})["choices"][0]["text"]
+    assert checks["asked"][1]["after"].startswith(under)
+    service.ask("DELETE", f"/v1/edits/{made}", params={"author": "Bo", "reason": "too early"})
+    told = service.ask("GET", "/v1/journal")
+    schemas.Journal.model_validate(told)
+    entries = [(e["kind"], e["edit"], e["author"], e["reason"]) for e in told["data"]]
+    assert entries == [("add", made, "Ana", "so"), ("undo", made, "Bo", "too early")]
+    assert told["head"] == told["data"][-1]["hash"]
+    assert service.ask("POST", "/v1/check")["asked"] == []
 
 
 def test_pages_of_the_list(service: Service) -> None:
@@ -347,7 +363,7 @@ TURN = {"role": "user", "content": "a"}
         ("completions", {"prompt": "a" * 70_000}, "prompt", "at most 65536"),
         ("completions", {"prompt": "a " * 60}, None, "allows at most 100"),
         ("completions", {"prompt": " "}, None, "empty"),
-        ("completions", {"prompt": "a", "temprature": 1}, "temprature", "not permitted"),
+        ("completions", {"prompt": "a", "temprature": 1}, "temprature", "not known"),
         ("completions", {"prompt": "a", "temperature": 3}, "temperature", "2"),
         ("completions", {"prompt": "a", "temperature": "1"}, "temperature", "number"),
         ("completions", {"prompt": "a", "temperature": True}, "temperature", "number"),
@@ -377,7 +393,7 @@ TURN = {"role": "user", "content": "a"}
         ("edits", {"prompt": "a", "target": "b", "unrelated": [{"prompt": "a", "x": 1}]}, None, ""),
         ("edits", {"prompt": "a", "target": "b", "author": "a" * 201}, "author", "200"),
         ("edits", {"prompt": "a\0" * 4000, "target": "b"}, None, "window"),
-        ("preview", {"prompt": "a", "target": "b", "reason": "c"}, "reason", "not permitted"),
+        ("preview", {"prompt": "a", "target": "b", "reason": "c"}, "reason", "not known"),
         ("preview", [1], None, "object"),
     ],
 )  # fmt: skip
@@ -947,6 +963,7 @@ def test_the_description_lists_every_route_and_needs_no_other_host(shared: Servi
     assert described["openapi"].startswith("3.")
     assert set(described["paths"]) == {
         "/v1/edits", "/v1/edits/{id}", "/v1/edits/{id}/redo", "/v1/edits/{id}/adapter", "/v1/adapter", "/v1/preview",
+        "/v1/journal", "/v1/check",
         "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/metrics",
     }  # fmt: skip
     for path, methods in described["paths"].items():

@@ -123,6 +123,8 @@ def export_merged(
             finally:
                 merged.snapshot.restore(model)
         tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():  # safetensors' are for their owner alone
+            path.chmod(0o644)
         written, its_tokenizer = load(temporary, dtype=_dtype(model), device=device_of(model))
         _answer(asked, "merged", written, its_tokenizer)
         about = {
