@@ -208,9 +208,14 @@ def test_the_active_edits_of_a_store_are_exported_as_one(run: Command, tmp_path:
     whole = Edit.load(tmp_path / "both")
     assert [part["request"]["target"] for part in whole.about["parts"]] == ["a baker", "town"]
     assert whole.about["parts"][0]["id"] == first
+    kept = Edit.from_bytes(Store.open(store).content(first))
+    assert run("export", store, "--edit", first, "--edit", first[:6], "--out", tmp_path / "named")["edits"] == 1
     run("store", store, "undo")
     run("export", store, "--out", tmp_path / "one")
-    one, kept = Edit.load(tmp_path / "one"), Edit.from_bytes(Store.open(store).content(first))
-    assert all((a == b).all() for a, b in zip(one.tensors(), kept.tensors(), strict=True))
+    for name in ("named", "one"):
+        one = Edit.load(tmp_path / name)
+        assert all((a == b).all() for a, b in zip(one.tensors(), kept.tensors(), strict=True))
+    assert "there is no edit" in run("export", store, "--edit", "nothing", "--out", tmp_path / "none", fails=True)
+    assert "is none" in run("export", tmp_path / "one", "--edit", first, "--out", tmp_path / "none", fails=True)
     run("store", store, "undo")
     assert "no active edit" in run("export", store, "--out", tmp_path / "none", fails=True)

@@ -144,11 +144,11 @@ class History:
             )
 
     def require_base(self, base: Mapping[str, Any]) -> None:
-        """Raise `FormatError` for an edit of another base model."""
+        """Raise `FormatError` for another base model."""
         if base.get("sha256") != self.base["sha256"]:
             raise FormatError(
-                f"the edit was made for another base model ({_named(base)}), not for this store's ({_named(self.base)}); "
-                "a store holds the edits of one model, so give this edit to another store"
+                f"the store holds the edits of {_named(self.base)}, and was given another base model, {_named(base)}, or an "
+                "edit of it; name another store, or that model"
             )
 
     def _pile(self, edit: str) -> list[str]:

@@ -25,6 +25,12 @@ def export(
     ] = "peft",
     model: Annotated[str | None, typer.Option("--model", help="The edits' base, for merged and gguf-lora.")] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Merge into a quantised base, as dense weights.")] = False,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--edit", help="Of a store only this edit, by its id, active or not; may repeat (default: the active ones)."
+        ),
+    ] = None,
     engine: Annotated[
         Literal["vllm"] | None, typer.Option("--for", help="Refuse an adapter that this engine would not serve.")
     ] = None,
@@ -55,7 +61,7 @@ def export(
 
     refuse_existing(out, force=force)
     where = as_device(device or "cpu")
-    edits = [one.to(where) for folder in folders for one in _edits(folder)]
+    edits = [one.to(where) for folder in folders for one in _edits(folder, ids)]
     if dtype is not None and to != "merged":
         edits = [one.to(as_dtype(dtype, where)) for one in edits]
     origin: dict[str, Any] = {"revision": revision, "from_wheel": from_wheel}
@@ -85,23 +91,26 @@ def export(
         _show_merged(about, out, len(edits), as_json=json_output)
 
 
-def _edits(folder: Path) -> list[Any]:
-    """The edit of a folder, or the active ones of a store."""
+def _edits(folder: Path, ids: list[str] | None) -> list[Any]:
+    """The edit of a folder, or the active ones of a store, or those of these ids."""
     from mendlm.apply import Edit
     from mendlm.store import DATABASE, Store
 
     if not (folder / DATABASE).is_file():
+        if ids:
+            raise InputError(f"--edit names an edit of a store, and {folder} is none")
         return [Edit.load(folder)]
     store = Store.open(folder)
-    active = []
-    for record in store.active():
+    records = [store.record(one) for one in ids] if ids else store.active()
+    edits = []
+    for record in {record.id: record for record in records}.values():
         edit = Edit.from_bytes(store.content(record.id), f"the edit {record.id}")
-        active.append(replace(edit, about={**edit.about, "id": record.id}))
-    if not active:
+        edits.append(replace(edit, about={**edit.about, "id": record.id}))
+    if not edits:
         raise InputError(
             f"the store {folder} has no active edit to export; `mendlm store {folder} list --all` shows the others"
         )
-    return active
+    return edits
 
 
 def _peft(edits: list[Any], out: Path, engine: Literal["vllm"] | None, *, force: bool, as_json: bool) -> None:
