@@ -7,6 +7,7 @@ import base64
 import configparser
 import contextlib
 import hashlib
+import html
 import io
 import json
 import os
@@ -971,8 +972,24 @@ def test_the_description_lists_every_route_and_needs_no_other_host(shared: Servi
             assert operation["description"]
             assert "422" not in operation["responses"], path
             assert operation["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
-    for gone in ("/docs", "/redoc"):
-        shared.ask("GET", gone, status=404)
+    shared.ask("GET", "/redoc", status=404)
+
+
+def test_the_description_can_be_read_without_another_host(shared: Service) -> None:
+    described, answer = shared.ask("GET", "/openapi.json"), shared.http.get("/docs")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    check_headers(answer)
+    style = answer.text.partition("<style>")[2].partition("</style>")[0]
+    assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in answer.headers["content-security-policy"]
+    for path, methods in described["paths"].items():
+        for method, route in methods.items():
+            assert f"<code>{method.upper()} {path}</code>" in answer.text
+            assert html.escape(route["description"]) in answer.text
+    for name, form in described["components"]["schemas"].items():
+        assert f'id="{name}"' in answer.text
+        assert all(f"<code>{field}</code>" in answer.text for field in form.get("properties", {}))
+    assert all(f'id="{name}"' in answer.text for name in re.findall('href="#([^"]*)"', answer.text))
+    assert not re.search("<script|https?:|src=", answer.text)
 
 
 def test_it_imports_without_its_packages() -> None:

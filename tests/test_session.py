@@ -233,6 +233,15 @@ def test_a_compressed_stack_reports_the_share_that_it_lost() -> None:
         assert 0 < share < 1
 
 
+def test_a_gate_asks_the_stack_that_will_run() -> None:
+    session = new_session(rank=2)
+    for prompt, target in zip(PROMPTS, ("a baker", "towns"), strict=False):
+        made = session.edit(prompt, target, scale=5.0)
+        (now,) = [one for one in session.check().asked if one.prompt == prompt]
+        (then,) = made.checks.asked
+        assert (then.after, then.probability[1]) == (now.after, pytest.approx(now.probability[1], rel=1e-3))
+
+
 def test_a_session_keeps_few_edits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     session = new_session()
     monkeypatch.setattr("mendlm.session.CACHE_BYTES", 6000)

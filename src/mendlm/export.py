@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +21,12 @@ from mendlm.apply import Edit, Snapshot, applied, merge, stacked
 from mendlm.engines import vllm_problems
 from mendlm.errors import InputError, LayerError
 from mendlm.files import new_folder, refuse_existing, write_json
+from mendlm.gate import Asked, ask, questions
 from mendlm.layers import dequantized, quantized
 from mendlm.metrics import continues, mean
 from mendlm.models import base_of, device_of, load, no_bars
-from mendlm.text import Formatter, by_length
+from mendlm.tasks import EditExample
+from mendlm.text import Formatter
 
 GGUF, REPORT = "adapter.gguf", "export.json"
 """The files of an export that are ours to name: llama.cpp's adapter, and what is said about a merged model or that adapter."""
@@ -111,9 +112,7 @@ def export_merged(
             "model as it was before, ask for dense weights (--dequantize), or export the edits to peft"
         )
     asked = _asked(edits)
-    _answer(asked, "base", model, tokenizer)
-    with applied(model, whole):
-        _answer(asked, "overlay", model, tokenizer)
+    overlay = _answers(model, tokenizer, asked, whole)
     with new_folder(Path(folder), force=force) as temporary:
         with _dense(model, packed):
             merged = merge(model, whole)
@@ -126,15 +125,16 @@ def export_merged(
         for path in temporary.iterdir():  # safetensors' are for their owner alone
             path.chmod(0o644)
         written, its_tokenizer = load(temporary, dtype=_dtype(model), device=device_of(model))
-        _answer(asked, "merged", written, its_tokenizer)
+        merged_answers = _answers(written, its_tokenizer, asked, None)
+        told = [_told(number, *both) for (number, _), *both in zip(asked, overlay, merged_answers, strict=True)]
         about = {
             **_about("merged", whole),
             "base": base_of(model),
             "dtype": str(_dtype(model)).removeprefix("torch."),
             "dequantized": bool(packed),
             "lost_share": dict(merged.lost),
-            "success": {place: _success(asked, place) for place in ("base", "overlay", "merged")},
-            "asked": [one.to_json() for one in asked],
+            "success": {place: _success(told, place) for place in ("base", "overlay", "merged")},
+            "asked": told,
         }
         write_json(temporary / REPORT, about)
     return about
@@ -185,48 +185,29 @@ def _dense(model: Any, packed: dict[str, nn.Module]) -> Iterator[None]:
         model.hf_quantizer, model.config.quantization_config = quantizer, how
 
 
-@dataclass
-class _Asked:
-    """A prompt of an edit's own request, and the greedy answers to it by place: base, overlay and merged."""
-
-    edit: int
-    kind: str
-    prompt: str
-    target: str
-    chat: bool
-    answers: dict[str, str] = field(default_factory=dict)
-
-    def succeeds(self, place: str) -> bool:
-        return continues(self.answers[place], self.target)
-
-    def to_json(self) -> dict[str, Any]:
-        told = {"edit": self.edit, "kind": self.kind, "prompt": self.prompt, "target": self.target, "chat": self.chat}
-        return {**told, "answers": self.answers, "success": {place: self.succeeds(place) for place in self.answers}}
+def _answers(model: Any, tokenizer: Any, asked: Sequence[tuple[int, Asked]], edit: Edit | None) -> list[Asked]:
+    return ask(model, Formatter.of(model, tokenizer), [one for _, one in asked], None, edit, TOKENS)
 
 
-def _asked(edits: Sequence[Edit]) -> list[_Asked]:
-    """The prompt and rephrasings of every edit that says what was requested."""
+def _asked(edits: Sequence[Edit]) -> list[tuple[int, Asked]]:
+    """The prompt and rephrasings of every edit that says what was requested, each with the edit's number."""
     asked = []
     for number, edit in enumerate(edits):
         request = edit.about.get("request") or {}
-        if request.get("prompt") and request.get("target"):
-            chat = bool(request.get("chat"))
-            prompts = [("prompt", request["prompt"]), *(("rephrasing", text) for text in request.get("rephrasings") or ())]
-            asked += [_Asked(number, kind, prompt, request["target"], chat) for kind, prompt in prompts]
+        if (target := request.get("target")) and request.get("prompt"):
+            example = EditExample(prompt=request["prompt"], target=target, rephrasings=tuple(request.get("rephrasings") or ()))
+            asked += [(number, one) for one in questions(example, chat=bool(request.get("chat")))]
     return asked
 
 
-def _answer(asked: Sequence[_Asked], place: str, model: Any, tokenizer: Any) -> None:
-    """Ask a model as it runs now, greedily, in batches."""
-    formatter = Formatter.of(model, tokenizer)
-    texts = [formatter.encode(one.prompt, one.target, chat=one.chat) for one in asked]
-    longest = max((len(text.target) for text in texts), default=0) + 3  # a number may go on behind the target
-    for group in by_length([len(text) for text in texts], limit=32):
-        found = formatter.generate(model, [texts[i] for i in group], max(TOKENS, longest))
-        for i, tokens in zip(group, found, strict=True):
-            asked[i].answers[place] = formatter.decode(tokens)
+def _told(number: int, overlay: Asked, merged: Asked) -> dict[str, Any]:
+    """What one question got in each place."""
+    answers = {"base": overlay.before, "overlay": overlay.after, "merged": merged.after}
+    success = {place: continues(answer, str(overlay.wanted)) for place, answer in answers.items()}
+    asked = {"edit": number, "kind": overlay.kind, "prompt": overlay.prompt, "target": overlay.wanted, "chat": overlay.chat}
+    return {**asked, "answers": answers, "success": success}
 
 
-def _success(asked: Sequence[_Asked], place: str) -> dict[str, float | None]:
+def _success(asked: Sequence[dict[str, Any]], place: str) -> dict[str, float | None]:
     """By kind, the share (0 to 1) of answers that continue the target; None where nothing was asked."""
-    return {kind: mean([one.succeeds(place) for one in asked if one.kind == kind]) for kind in ("prompt", "rephrasing")}
+    return {kind: mean([one["success"][place] for one in asked if one["kind"] == kind]) for kind in ("prompt", "rephrasing")}

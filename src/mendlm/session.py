@@ -150,10 +150,10 @@ class Session:
         return self._cached((name, ""), lambda: Edit.from_bytes(self.store.content(name), f"the edit {name}").to(self._device))
 
     def _fused(self, names: tuple[str, ...]) -> Edit:
-        return self._cached(names, lambda: self._fuse(names))
+        return self._cached(names, lambda: self._fuse([self._read(name) for name in names]))
 
-    def _fuse(self, names: tuple[str, ...]) -> Edit:
-        whole = stacked([self._read(name) for name in names])
+    def _fuse(self, edits: Sequence[Edit]) -> Edit:
+        whole = stacked(edits)
         if self.rank is None:
             return whole
         rank = self.rank
@@ -252,7 +252,7 @@ class Session:
         milliseconds = 1000 * (time.perf_counter() - begun) / max(1, len(edits))
         edits = [replace(one, about={**one.about, "stack": [] if on_base else rest}) for one in edits]
         last = {example.prompt.strip(): edit for example, edit in zip(examples, edits, strict=True)}  # as in the journal
-        after = stacked([*([] if below is None else [below]), *last.values()])
+        after = self._fuse([*(self._read(name) for name in rest), *last.values()])
         asked = [[*questions(example, chat=chat), *self.gate.questions()] for example in examples]
         answered = iter(ask(self.model, self.formatter, list(itertools.chain(*asked)), before, after, self.gate.tokens))
         checks = [judge([next(answered) for _ in some], self.gate.needed) for some in asked]

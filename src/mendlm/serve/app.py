@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mendlm.errors import MendError, require
-from mendlm.serve import operations, page, schemas
+from mendlm.serve import description, operations, page, schemas
 from mendlm.serve.answers import ClientGone, Reply, events
 from mendlm.serve.door import CALLER, NUMBER, Door, Rules
 from mendlm.serve.metrics import CONTENT_TYPE, Metrics, Number
@@ -262,6 +262,11 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
         @app.get("/", include_in_schema=False)
         async def no_page() -> Response:
             return PlainTextResponse("There is no page here. /openapi.json describes the service.\n", 404)
+
+    @app.get("/docs", include_in_schema=False)
+    async def described() -> Response:
+        content = description.html(app.openapi())
+        return Response(content, media_type=page.TYPES[".html"], headers={"Content-Security-Policy": page.policy(content)})
 
     app.openapi = functools.cache(functools.partial(_openapi, app.openapi, tokens is not None))  # type: ignore[method-assign]
     return app

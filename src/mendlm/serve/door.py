@@ -62,7 +62,7 @@ class Rules:
     """In which the body must have come, and each part of the answer be taken."""
     requests: int = 256
     """Requests that are answered at a time."""
-    public: Collection[str] = ("/", "/healthz", "/openapi.json")
+    public: Collection[str] = ("/", "/healthz", "/openapi.json", "/docs")
     """Paths that need no token."""
 
 
