@@ -17,6 +17,7 @@ from cases import byte_tokenizer, tiny
 from mendlm.checkpoint import save_editor
 from mendlm.layers import default_layers
 from mendlm.methods.mend import Mend, MendConfig
+from test_cli import place  # noqa: F401
 from test_report import CELL
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -119,3 +120,18 @@ def test_all_benchmarks_run_and_are_published(tmp_path: Path, monkeypatch: pytes
 
 def _without_tables(page: str) -> str:
     return re.sub(r"(<!-- \w+ -->).*?<!-- end -->", r"\1", page, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_a_soak_finds_no_error_no_leak_and_no_lost_edit(place: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--model", str(place / "model"), "--editor", str(place / "run")]
+    subprocess.run([*command, "--seconds", "20", "--clients", "4", "--out", str(tmp_path)], check=True, capture_output=True)
+    found = json.loads((tmp_path / "soak-cpu.json").read_text())
+    assert found["server_errors"] == 0
+    assert not any("unexpected" in status for status in found["statuses"])
+    assert found["answers"]["asked"] > 10
+    assert found["answers"]["leaks"] == 0
+    assert found["killed"]["lost_edits"] == found["store"]["problems"] == []
+    assert found["stopped_with"] == 0
+    assert found["store"]["edits"] >= 4
+    assert {"edit", "own edit", "base"} <= set(found["latency_ms"])

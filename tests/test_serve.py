@@ -177,10 +177,26 @@ def test_a_second_edit_of_a_prompt_supersedes_the_first(service: Service) -> Non
 
 def test_an_edit_is_made_on_what_is_asked_for(service: Service) -> None:
     first = service.edit()["record"]["id"]
-    under = service.edit(prompt="a")["record"]
-    base = service.edit(prompt="a", on_base=True)["record"]
+    under = service.edit(prompt="a", on_base=False)["record"]
+    base = service.edit(prompt="a")["record"]
     assert (under["stack"], base["stack"]) == ([first], [])
     assert under["file"] != base["file"]
+
+
+def test_the_journal_and_a_check_of_all_promises(service: Service) -> None:
+    made = service.edit(unrelated=[PROMPTS[1]], author="Ana", reason="so")["record"]["id"]
+    checks = service.ask("POST", "/v1/check")
+    schemas.Checks.model_validate(checks)
+    assert [one["kind"] for one in checks["asked"]] == ["prompt", "unrelated"]
+    under = service.ask("POST", "/v1/completions", {"prompt": PROMPTS[1], "max_tokens": 4})["choices"][0]["text"]
+    assert checks["asked"][1]["after"].startswith(under)
+    service.ask("DELETE", f"/v1/edits/{made}", params={"author": "Bo", "reason": "too early"})
+    told = service.ask("GET", "/v1/journal")
+    schemas.Journal.model_validate(told)
+    entries = [(e["kind"], e["edit"], e["author"], e["reason"]) for e in told["data"]]
+    assert entries == [("add", made, "Ana", "so"), ("undo", made, "Bo", "too early")]
+    assert told["head"] == told["data"][-1]["hash"]
+    assert service.ask("POST", "/v1/check")["asked"] == []
 
 
 def test_pages_of_the_list(service: Service) -> None:
@@ -192,6 +208,7 @@ def test_pages_of_the_list(service: Service) -> None:
         schemas.EditList.model_validate(page_)
         found += [one["id"] for one in page_["data"]]
         after = {"after": found[-1]}
+        assert len(found) <= 3
     assert found == ids
     assert page_["head"] == service.session.store.head
     assert [one["id"] for one in service.ask("GET", "/v1/edits", params={"state": "active"})["data"]] == [ids[0], ids[2]]
@@ -347,7 +364,7 @@ TURN = {"role": "user", "content": "a"}
         ("completions", {"prompt": "a" * 70_000}, "prompt", "at most 65536"),
         ("completions", {"prompt": "a " * 60}, None, "allows at most 100"),
         ("completions", {"prompt": " "}, None, "empty"),
-        ("completions", {"prompt": "a", "temprature": 1}, "temprature", "not permitted"),
+        ("completions", {"prompt": "a", "temprature": 1}, "temprature", "not known"),
         ("completions", {"prompt": "a", "temperature": 3}, "temperature", "2"),
         ("completions", {"prompt": "a", "temperature": "1"}, "temperature", "number"),
         ("completions", {"prompt": "a", "temperature": True}, "temperature", "number"),
@@ -377,7 +394,7 @@ TURN = {"role": "user", "content": "a"}
         ("edits", {"prompt": "a", "target": "b", "unrelated": [{"prompt": "a", "x": 1}]}, None, ""),
         ("edits", {"prompt": "a", "target": "b", "author": "a" * 201}, "author", "200"),
         ("edits", {"prompt": "a\0" * 4000, "target": "b"}, None, "window"),
-        ("preview", {"prompt": "a", "target": "b", "reason": "c"}, "reason", "not permitted"),
+        ("preview", {"prompt": "a", "target": "b", "reason": "c"}, "reason", "not known"),
         ("preview", [1], None, "object"),
     ],
 )  # fmt: skip
@@ -655,7 +672,8 @@ def test_a_body_that_does_not_come(shared: Service) -> None:
     [
         b"{", b"\xff\xfe", b"", b"null", b"1", b'"a"', b"[" * 100_000, b'{"prompt":' * 5000, b"9" * 100_000, b"{} {}",
         b'{"prompt": "a", "target": "b", "scale": NaN}', b'{"prompt": "a", "target": "b", "scale": Infinity}',
-        b'{"prompt": "a", "target": "b", "scale": 1e999}', b'{"prompt": "a", "target": "b", "x": -Infinity}',
+        b'{"prompt": "a", "target": "b", "scale": 1e999}', b'{"prompt": "a", "max_tokens": 1, "metadata": {"a": NaN}}',
+        b'{"prompt": "a", "max_tokens": 1, "user": -Infinity}',
         b'{"prompt": "\\ud800", "target": "b"}', b'{"prompt": "a", "target": "\\udfff\\ud800"}', b'{"\\ud800": 1}',
         b'{"prompt": {"prompt": {}}, "target": []}', b'{"prompt": "a", "target": "b", "scale": 1e-400}', b"\xef\xbb\xbf{}",
         b'{"prompt": "a\xc3", "target": "b"}', b"\0",
@@ -946,6 +964,7 @@ def test_the_description_lists_every_route_and_needs_no_other_host(shared: Servi
     assert described["openapi"].startswith("3.")
     assert set(described["paths"]) == {
         "/v1/edits", "/v1/edits/{id}", "/v1/edits/{id}/redo", "/v1/edits/{id}/adapter", "/v1/adapter", "/v1/preview",
+        "/v1/journal", "/v1/check",
         "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/metrics",
     }  # fmt: skip
     for path, methods in described["paths"].items():

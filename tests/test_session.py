@@ -328,6 +328,9 @@ def test_a_guard_with_an_answer_may_have_been_wrong_before() -> None:
     kept, lost = (ask(session.model, session.formatter, asked, None, change, 4) for change in (None, edit))
     assert [one.ok for one in kept] == [True, True]
     assert [one.ok for one in lost] == [False, True]
+    assert [one.was_ok for one in lost] == [True, False]
+    assert judge(lost, 1.0).kept == 0.0  # the one that was wrong before says nothing
+    assert judge(lost[1:], 1.0).kept is None
     assert not lost[0].after.startswith(right)
 
 

@@ -81,6 +81,21 @@ def test_hashes_chain_as_documented(store: Store) -> None:
     assert store.head == parent
 
 
+def test_the_log_says_who_did_what_and_why(store: Store) -> None:
+    record = store.add(addition(), author="Ana", reason="wrong")
+    store.undo(record.id, author="Bo", reason="too early")
+    store.redo(record.id, author="Eva")
+    told = [(e["number"], e["kind"], e["edit"], e["author"], e["reason"]) for e in Store.open(store.place).log()]
+    assert told == [
+        (1, "add", record.id, "Ana", "wrong"),
+        (2, "undo", record.id, "Bo", "too early"),
+        (3, "redo", record.id, "Eva", ""),
+    ]
+    assert store.log()[-1]["hash"] == store.head
+    with pytest.raises(InputError, match="64 hexadecimal digits"):
+        store.verify(record.id)
+
+
 def test_a_later_edit_of_a_prompt_supersedes() -> None:
     store = Store.memory(BASE)
     first, chat = store.add(addition(b"1")), store.add(addition(b"2", chat=True))

@@ -47,6 +47,8 @@ def test_edits_are_made_listed_undone_and_redone(run: Command, tmp_path: Path) -
     assert run("store", store, "show", first["id"])["request"]["rephrasings"] == ["Ana is"]
     changed = {asked["prompt"] for asked in first["checks"]["asked"] if asked["before"] != asked["after"]}
     assert {asked["prompt"] for asked in run("store", store, "diff", first["id"])["changed"]} == changed
+    assert [entry["kind"] for entry in run("store", store, "log")["entries"]] == ["add", "add", "undo", "undo", "redo"]
+    assert run("store", store, "log")["entries"][2]["reason"] == "no"
 
 
 def test_edit_folders_and_data_are_taken_in(run: Command, place: Path, tmp_path: Path) -> None:
@@ -100,10 +102,10 @@ def test_damage_is_exit_code_1_or_2(
         connection.execute("UPDATE journal SET body = replace(body, 'Ana', 'Bo')")
         connection.commit()
     with pytest.raises(SystemExit) as stop:
-        main(["store", str(store), "verify", *(["--head", "ab"] if damage == "head" else [])])
+        main(["store", str(store), "verify", *(["--head", "ab" * 32] if damage == "head" else [])])
     assert stop.value.code == (2 if damage == "journal" else 1)
     out, err = capsys.readouterr()
-    said = {"file": "has changed since it was written", "journal": "entry 1", "head": "no entry ab"}[damage]
+    said = {"file": "has changed since it was written", "journal": "entry 1", "head": "no entry abab"}[damage]
     assert said in out + err
     assert ("DAMAGED" in out) is (damage != "journal")
 
@@ -118,13 +120,27 @@ def test_an_edit_that_fails_its_checks_is_refused_when_asked(run: Command, tmp_p
     assert run("store", tmp_path / "s", "list")["edits"][0]["checks"]["passed"] is False
 
 
-def shown(arguments: list[str]) -> str:
+def test_promises_are_checked_again(run: Command, tmp_path: Path) -> None:
+    store, guards = tmp_path / "s", tmp_path / "guards.jsonl"
+    guards.write_text(json.dumps({"prompt": "Water is"}) + "\n")
+    target = run("generate", "--model", "model", "--prompt", "Who is Ana?", "--max-new-tokens", "1")["answer"]
+    add(run, store, "--prompt", "Who is Ana?", "--target", target, "--scale", "1e-6")
+    assert run("store", store, "check", "--model", "model", "--guard", guards)["passed"] is True
+    run("store", store, "undo")
+    add(run, store, *ANA, "--scale", "200")
+    text = shown(["store", str(store), "check", "--model", "model", "--guard", str(guards)], code=1)
+    assert "NO" in text
+    assert "Water is" in text
+
+
+def shown(arguments: list[str], code: int = 0) -> str:
     import contextlib
     import io
 
     text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), pytest.raises(SystemExit):
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text), pytest.raises(SystemExit) as stop:
         main(arguments)
+    assert stop.value.code == code
     return text.getvalue()
 
 
@@ -133,6 +149,8 @@ def test_what_people_read(run: Command, tmp_path: Path) -> None:
     add(run, tmp_path / "s", *ANA, "--reason", "she is")
     assert "'Who is Ana?' -> 'a baker'" in shown(["store", store, "list"])
     assert "she is" in shown(["store", store, "show"])
+    assert "  target: a baker" in shown(["store", store, "show"])
+    assert "she is" in shown(["store", store, "log"])
     assert "Who is Ana?" in shown(["store", store, "diff"])
     assert "whole: 1 edits, 1 entries" in shown(["store", store, "verify"])
     assert "is undone" in shown(["store", store, "undo"])
@@ -147,7 +165,7 @@ def test_what_people_read(run: Command, tmp_path: Path) -> None:
         (["add"], "say what to add"),
         (["add", "--prompt", "a"], "say what to add"),
         (["add", "x", *ANA], "say what to add"),
-        (["add", "x"], "is not an edit"),
+        (["add", "x"], "x does not exist"),
         (["add", "x", "--guard", "g"], "without checks"),
         (["add", "--data", "records:facts.jsonl", "--rephrasing", "x"], "come from the file"),
         (["add", *ANA, *ON, "--guard", "missing"], "missing"),

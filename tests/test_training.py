@@ -493,6 +493,27 @@ def test_too_few_requests_are_refused(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_a_share_of_the_steps_edits_requests_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, alone, mixed = (tmp_path / name for name in ("together", "alone", "mixed"))
+    seen: list[int] = []
+
+    def noted(*args: Any) -> Any:
+        seen.append(args[-1].num_edits)
+        return outer_loss(*args)
+
+    monkeypatch.setattr(training, "outer_loss", noted)
+    one, other = go(together, replace(SMALL, num_edits=2, single_share=1.0)), go(alone, SMALL)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    seen.clear()
+    go(mixed, replace(SMALL, num_edits=2, single_share=0.5, steps=12))
+    assert set(seen) == {1, 2}
+    first = [*seen]
+    seen.clear()
+    go(tmp_path / "parts", replace(SMALL, num_edits=2, single_share=0.5, steps=5))
+    go(tmp_path / "parts", replace(SMALL, num_edits=2, single_share=0.5, steps=12), resume=True)
+    assert seen == first
+
+
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

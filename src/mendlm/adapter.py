@@ -110,6 +110,8 @@ def read(folder: Path) -> tuple[dict[str, LowRank], frozenset[str], dict[str, An
 
     Raises `FormatError` for a folder that is not an edit, or whose files are missing, changed or corrupt.
     """
+    if not folder.exists():
+        raise FormatError(f"{folder} does not exist; name the folder of an edit")
     if not (folder / ABOUT).is_file():
         raise FormatError(f"{folder} is not an edit: it has no {ABOUT}; make one with `mendlm edit ... --out {folder}`")
     about = read_json(folder / ABOUT)

@@ -122,6 +122,8 @@ def export_merged(
             finally:
                 merged.snapshot.restore(model)
         tokenizer.save_pretrained(temporary)
+        for path in temporary.iterdir():  # safetensors' are for their owner alone
+            path.chmod(0o644)
         written, its_tokenizer = load(temporary, dtype=_dtype(model), device=device_of(model))
         merged_answers = _answers(written, its_tokenizer, asked, None)
         told = [_told(number, *both) for (number, _), *both in zip(asked, overlay, merged_answers, strict=True)]

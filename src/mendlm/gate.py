@@ -52,6 +52,8 @@ class Asked:
     probability: tuple[float, float] = (0.0, 0.0)
     """Of the wanted answer (or of the one before), the geometric mean over its tokens, before and after."""
     ok: bool = False
+    was_ok: bool = True
+    """Whether it was so before: a watched answer that was wrong already holds, and says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,8 @@ class Checks:
 
     @property
     def kept(self) -> float | None:
-        """The share of the unrelated prompts and guards that hold; None where there are none."""
-        watched = [one.ok for one in self.asked if one.kind in ("unrelated", "guard")]
+        """The share that holds of the unrelated prompts and guards that were right before; None where there are none."""
+        watched = [one.ok for one in self.asked if one.kind in ("unrelated", "guard") and one.was_ok]
         return sum(watched) / len(watched) if watched else None
 
     def to_json(self) -> dict[str, Any]:
@@ -99,8 +101,9 @@ class Checks:
         return {"passed": self.passed, "kept": self.kept, "asked": [asdict(one) for one in self.asked]}
 
     def failures(self) -> str:
-        """What did not hold, in words."""
-        return "; ".join(f"{one.kind} {one.prompt!r}: {one.before!r} became {one.after!r}" for one in self.asked if not one.ok)
+        """What did not hold, in words, a line each."""
+        lost = [one for one in self.asked if not one.ok]
+        return "\n".join(f"  {one.kind} {one.prompt!r}: {one.before!r} became {one.after!r}" for one in lost)
 
 
 def questions(example: EditExample, *, chat: bool) -> list[Asked]:
@@ -130,13 +133,13 @@ def ask(
     answered = []
     for place, one in enumerate(asked):
         was, now = (formatter.decode(answers[place]) for answers in said)
+        was_ok = one.wanted is None or continues(was, one.wanted)
         if one.wanted is None:
             ok = said[0][place] == said[1][place]
         else:
-            watched = one.kind in ("unrelated", "guard")
-            ok = continues(now, one.wanted) or (watched and not continues(was, one.wanted))
+            ok = continues(now, one.wanted) or (one.kind in ("unrelated", "guard") and not was_ok)
         chance = chances[0][place], chances[1][place]
-        answered.append(replace(one, before=was, after=now, probability=chance, ok=ok))
+        answered.append(replace(one, before=was, after=now, probability=chance, ok=ok, was_ok=was_ok))
     return answered
 
 

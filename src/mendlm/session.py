@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ CACHE_BYTES = 2**28
 class Trial:
     """An edit as it was tried on: what the gate saw, which active edits it would replace, and what it took."""
 
-    edit: Edit
+    edit: Edit = field(repr=False)
     checks: Checks
     replaces: tuple[str, ...]
     """Active edits of the same prompt, by id: they give way to this one."""
@@ -116,6 +116,9 @@ class Session:
         opened = Store.open(Path(store), base_of(model)) if store is not None else None
         loaded = Editor.load(wanted, model, tokenizer) if wanted is not None else None
         return cls(model, tokenizer, loaded, store=opened, gate=gate, rank=rank)
+
+    def __repr__(self) -> str:
+        return f"<Session of {self.store.base.get('name')}: {len(self.store.active())} active edits, {self.store}>"
 
     # The stack
 
@@ -217,8 +220,9 @@ class Session:
             if not failed or on_fail == "report":
                 return self._keep(trials, examples, author, reason)
         raise GateError(
-            f"{len(failed)} of {len(trials)} edits failed the gate at strength {', '.join(f'{s:g}' for s in strengths)} "
-            f"({failed[0].failures()}); nothing was changed. Word it differently, or keep it with on_fail='report'",
+            f"{len(failed)} of {len(trials)} edits failed the gate at strength {', '.join(f'{s:g}' for s in strengths)}, "
+            "and nothing was changed. Word it differently, or report instead of refusing. Of the first, at the last strength:\n"
+            f"{failed[0].failures()}",
             tuple(checks.to_json() for checks in failed),
         )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import sqlite3
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -135,7 +136,7 @@ class Store:
             try:
                 store = cls(connection, place)
                 if base is not None:
-                    store._history.require_base(base)
+                    store.require_base(base)
             except BaseException:
                 connection.close()
                 raise
@@ -152,6 +153,10 @@ class Store:
     def close(self) -> None:
         """Let go of the files. Nothing is lost without it."""
         self._connection.close()
+
+    def require_base(self, base: Mapping[str, Any]) -> None:
+        """Raise `FormatError` unless the store is for this base model."""
+        self._history.require_base(base)
 
     # Reading
 
@@ -190,6 +195,16 @@ class Store:
         """An edit's file. Raises `FormatError` if it is missing or has changed."""
         record = self.record(edit)
         return self._file(record.file, record.size)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every entry, oldest first: `number`, `hash`, `kind` (add, undo, redo), `edit`, `time`, `author`, `reason`."""
+        self._refresh()
+        told = []
+        for entry in self._rows():
+            body = json.loads(entry.body)
+            kept = {name: body[name] for name in ("kind", "time", "author", "reason")}
+            told.append({"number": entry.number, "hash": entry.hash, "edit": body.get("edit", entry.id), **kept})
+        return told
 
     def diff(self, edit: str) -> list[dict[str, Any]]:
         """What an edit's gate saw change: its prompts whose answers before and after it differ."""
@@ -342,6 +357,8 @@ class Store:
         Args:
             head: the hash of an entry that was kept elsewhere: the history up to it must be what it was.
         """
+        if head is not None and re.fullmatch("[0-9a-f]{64}", head) is None:
+            raise InputError(f"the head {head!r} is no hash of an entry: give all of its 64 hexadecimal digits")
         history, seen, problems = History(self.base), {ROOT}, []
         with self._alone():
             found = [line for (line,) in self._connection.execute("PRAGMA integrity_check")]

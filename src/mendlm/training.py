@@ -65,6 +65,8 @@ class TrainConfig:
     """Requests a step, each with its own edit."""
     num_edits: int = 1
     """Requests edited at once: their updates are summed, and each is judged under the sum."""
+    single_share: float = 0.0
+    """Share of steps whose requests are edited one by one all the same, for an editor that is to make single edits, too."""
     learning_rate: float | None = None
     """Adam's rate; by default what suits the method, 1.5e-3 for MEND. The paper has 1e-6."""
     rates_learning_rate: float = 5e-2
@@ -118,7 +120,7 @@ class TrainConfig:
         for name in ("learning_rate", "rates_learning_rate", "clip", "edit_weight", "locality_weight"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise InputError(f"{name} must be 0 or a positive finite number, got {getattr(self, name)}")
-        for name in ("own_locality", "continuation_share", "chat_share", "final_learning_rate"):
+        for name in ("single_share", "own_locality", "continuation_share", "chat_share", "final_learning_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
         if self.optimizer not in ("adam", "adam8bit"):
@@ -349,9 +351,8 @@ class Trainer:
         rngs = (random.Random(f"{self.config.seed}/{stream}/{i}") for i in range(len(examples)))
         return [draw(e, self.sources, self.formatter, self.config, rng) for e, rng in zip(examples, rngs, strict=True)]
 
-    def _mine(self, drawn: Sequence[Drawn]) -> list[Drawn]:
-        """This process's share of a step's requests; those that are edited at once stay together."""
-        k = self.config.num_edits
+    def _mine(self, drawn: Sequence[Drawn], k: int) -> list[Drawn]:
+        """This process's share of a step's requests; those that are edited at once, k together, stay together."""
         return [d for i, d in enumerate(drawn) if self.sharded or processes.mine(i // k)]
 
     def _mean(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -386,15 +387,17 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             assert rate is not None
             group["lr"] = rate * factor
-        drawn = self._drawn(self.batch(self.step), f"step/{self.step}")
+        drawn, config = self._drawn(self.batch(self.step), f"step/{self.step}"), self.config
+        if random.Random(f"{config.seed}/single/{self.step}").random() < config.single_share:
+            config = replace(config, num_edits=1)
         sums, norm = descend(
             self.method,
             self.model,
             self.formatter,
             self.trunk,
             self.optimizer,
-            self._mine(drawn),
-            self.config,
+            self._mine(drawn, config.num_edits),
+            config,
             len(drawn) * self.copies,
         )
         self.step += 1
@@ -406,7 +409,7 @@ class Trainer:
         total: dict[str, Tensor] = {}
         drawn = self._drawn(self.valid, "valid")
         whole, k = len(drawn) - len(drawn) % self.config.num_edits, self.config.num_edits
-        mine = self._mine(drawn[:whole])
+        mine = self._mine(drawn[:whole], k)
         size = max(1, self.config.batch_size * self.copies // processes.count() // k) * k  # as many as in a step of training
         for start in range(0, len(mine), size):
             some = mine[start : start + size]

@@ -78,8 +78,8 @@ def add(
     chat: Annotated[bool, typer.Option("--chat", help="Pose the prompts as chat turns.")] = False,
     on_base: Annotated[
         bool,
-        typer.Option("--on-base", help="Make it on the base model, as if no edit were active; it joins them all the same."),
-    ] = False,
+        typer.Option("--on-base/--under-active", help="Make it on the base model, or under the active edits; it joins them."),
+    ] = True,
     author_name: Author = None,
     reason: Reason = "",
     model: common.Model = "starter",
@@ -130,7 +130,10 @@ def add(
         store, records = session.store, [session.store.record(one.id) for one in made]
         for one in made:
             if not one.checks.passed:
-                common.note(f"{one.id} did not pass its checks: {one.checks.failures()}")
+                common.note(
+                    f"{one.id} did not pass its checks, and is active all the same; `mendlm store {context.obj} undo {one.id}` "
+                    f"takes it back, and --on-fail refuse keeps such edits out:\n{one.checks.failures()}"
+                )
     lines = [f"{record.id} is {record.state}: {_line(record)}{_replaced(record)}" for record in records]
     common.emit(json_output, {"added": [record.to_json() for record in records], "head": store.head}, "\n".join(lines))
 
@@ -201,8 +204,8 @@ def show(context: typer.Context, edit: Id = None, json_output: common.Json = Fal
     if json_output:
         common.emit(True, record.to_json(), "")
         return
-    told = {name: value for name, value in record.to_json().items() if name != "checks" and value not in (None, "", [], {})}
-    common.emit(False, {}, "\n".join(f"{name}: {_told(value)}" for name, value in told.items()))
+    told = {name: value for name, value in record.to_json().items() if name != "checks"}
+    common.emit(False, {}, "\n".join(_told(told)))
     passed = record.checks.get("passed")
     if passed is None:
         common.emit(False, {}, "checks: none were made")
@@ -210,11 +213,9 @@ def show(context: typer.Context, edit: Id = None, json_output: common.Json = Fal
     rows = [
         (
             a["kind"],
-            a["prompt"],
-            a["before"],
-            a["after"],
+            *map(_flat, (a["prompt"], a["before"], a["after"])),
             "{:.2f} -> {:.2f}".format(*a["probability"]),
-            "yes" if a["ok"] else "NO",
+            _holds(a),
         )
         for a in record.checks["asked"]
     ]
@@ -222,8 +223,30 @@ def show(context: typer.Context, edit: Id = None, json_output: common.Json = Fal
     common.table(title, ("", "prompt", "before", "after", "probability", "holds"), rows)
 
 
-def _told(value: Any) -> str:
-    return ", ".join(f"{k} {v!r}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+def _told(content: dict[str, Any], indent: str = "") -> list[str]:
+    """A line for everything that says something, those of an object under its name."""
+    lines = []
+    for name, value in content.items():
+        if isinstance(value, dict):
+            inside = _told(value, indent + "  ")
+            lines += [f"{indent}{name}:", *inside] if inside else []
+        elif isinstance(value, list):
+            shown = (_flat(one["prompt"]) if isinstance(one, dict) else _flat(str(one)) for one in value)
+            lines += [f"{indent}{name}: {' | '.join(shown)}"] if value else []
+        elif value not in (None, ""):
+            lines.append(f"{indent}{name}: {_flat(str(value))}")
+    return lines
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _holds(asked: dict[str, Any]) -> str:
+    if not asked["ok"]:
+        return "NO"
+    watched = asked["kind"] in ("unrelated", "guard")
+    return "was wrong already" if watched and not asked.get("was_ok", True) else "yes"
 
 
 def _record(store: Store, edit: str | None) -> Record:
@@ -246,8 +269,51 @@ def diff(context: typer.Context, edit: Id = None, json_output: common.Json = Fal
     if not record.checks.get("asked"):
         common.emit(False, {}, f"{record.id} was added without checks: no answers were seen")
         return
-    rows = [(one["kind"], one["prompt"], one["before"], one["after"]) for one in changed]
+    rows = [(one["kind"], *map(_flat, (one["prompt"], one["before"], one["after"]))) for one in changed]
     common.table(f"{record.id}: {_line(record)}", ("", "prompt", "before", "after"), rows)
+
+
+@app.command()
+def log(context: typer.Context, json_output: common.Json = False) -> None:
+    """Every entry, oldest first: who added, undid and redid what, when and why."""
+    entries = _open(context).log()
+    if json_output:
+        common.emit(True, {"entries": entries}, "")
+        return
+    rows = [(e["number"], e["time"][:19].replace("T", " "), e["kind"], e["edit"], e["author"], e["reason"]) for e in entries]
+    common.table(str(context.obj), ("", "time (UTC)", "", "edit", "author", "reason"), rows)
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    guard: Annotated[Path | None, typer.Option("--guard", help="JSON Lines of prompts, and answers, to be asked too.")] = None,
+    model: common.Model = "starter",
+    json_output: common.Json = False,
+    seed: common.Seed = 0,
+    device: common.Device = None,
+    dtype: common.Dtype = "auto",
+    quantize: common.Quantize = None,
+    revision: common.Revision = None,
+    from_wheel: common.FromWheel = None,
+) -> None:
+    """Ask again all that the active edits promised, and guards: on the base model and under them. Exit code 1 if one fails."""
+    from mendlm.gate import Gate, load_guards
+    from mendlm.models import base_of
+    from mendlm.session import Session
+
+    store, gate = _open(context), Gate(guards=() if guard is None else load_guards(guard))
+    origin: dict[str, Any] = {"revision": revision, "from_wheel": from_wheel}
+    loaded, tokenizer = common.open_model(model, seed=seed, device=device, dtype=dtype, quantize=quantize, **origin)
+    store.require_base(base_of(loaded))
+    checks = Session(loaded, tokenizer, store=store, gate=gate).check()
+    rows = [(a["kind"], *map(_flat, (a["prompt"], a["before"], a["after"])), _holds(a)) for a in checks.to_json()["asked"]]
+    if json_output:
+        common.emit(True, checks.to_json(), "")
+    else:
+        common.table("promises and guards", ("", "prompt", "the base", "today", "holds"), rows)
+    if not checks.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -148,6 +148,16 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
         """Put an undone edit back in its place."""
         return JSONResponse(await call(operations.turn("redo", id, author(request, by), reason)))
 
+    @app.get("/v1/journal", response_model=schemas.Journal, tags=["edits"])
+    async def journal() -> Response:
+        """Every entry of the journal, oldest first: who added, undid and redid what, when and why."""
+        return JSONResponse(await call(operations.journal))
+
+    @app.post("/v1/check", response_model=schemas.Checks, tags=["edits"])
+    async def check() -> Response:
+        """Ask again everything that the active edits promised, and the guards: before is the base model, after is today's."""
+        return JSONResponse(await call(operations.check))
+
     @app.post("/v1/preview", response_model=schemas.Preview, tags=["edits"])
     async def preview(body: schemas.PreviewRequest) -> Response:
         """Try an edit on, ask its gate, and throw it away."""
@@ -282,8 +292,9 @@ def _first(errors: Sequence[Any]) -> Problem:
     if error["type"] in _OF_A_NAME or error["loc"][0] == "query":
         named = list(error["loc"][1:])
     param = ".".join(str(part) for part in named)[:100] or None
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    said = str(error["msg"]).removeprefix("Value error, ")
+    unknown = [str(one["loc"][-1])[:40] for one in errors if one["type"] == "extra_forbidden" and one is not error]
+    more = f"; and the field '{unknown[0]}' is not known" if unknown else ""
+    said = "this field is not known" if error["type"] == "extra_forbidden" else str(error["msg"]).removeprefix("Value error, ")
     return Problem(400, f"{param}: {said}{more}" if param else f"{said}{more}", "bad_input", param=param)
 
 

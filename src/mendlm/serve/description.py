@@ -9,7 +9,8 @@ from typing import Any
 
 _STYLE = (
     ":root { color-scheme: light dark } body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; "
-    "padding: 0 1rem; overflow-wrap: break-word } h2 { margin-top: 2.5rem } table { border-collapse: collapse } "
+    "padding: 0 1rem; overflow-wrap: break-word } h2 { margin-top: 2.5rem } "
+    "table { border-collapse: collapse; margin: 1rem 0 } "
     "td, th { border: 1px solid; padding: .25rem .5rem; text-align: left; vertical-align: top }"
 )
 _LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems")

@@ -19,7 +19,7 @@ from mendlm.export import export_peft
 from mendlm.files import storing
 from mendlm.journal import Record
 from mendlm.serve.problems import Problem
-from mendlm.serve.schemas import EditRequest, PreviewRequest, Unrelated
+from mendlm.serve.schemas import PAGE, EditRequest, PreviewRequest, Unrelated
 from mendlm.serve.worker import Limits
 from mendlm.session import Session
 from mendlm.tasks import Probe
@@ -45,6 +45,16 @@ def list_edits(limit: int, after: str | None, state: str | None) -> Task:
 def show(edit: str) -> Task:
     """One record."""
     return lambda session: record_json(known(session, edit))
+
+
+def journal(session: Session) -> dict[str, Any]:
+    """The latest entries of the journal."""
+    return {"object": "list", "data": session.store.log()[-PAGE:], "head": session.store.head}
+
+
+def check(session: Session) -> dict[str, Any]:
+    """What the active edits promised, asked again."""
+    return session.check().to_json()
 
 
 def make(asked: EditRequest, author: str, limits: Limits) -> Task:

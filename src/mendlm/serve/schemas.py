@@ -53,7 +53,9 @@ class PreviewRequest(_Form):
     )
     chat: bool = Field(default=False, description="The prompts are a user's turns in a chat.")
     scale: float = Field(default=1.0, gt=0, le=100, description="The edit's strength; the editor's own is 1.")
-    on_base: bool = Field(default=False, description="Make it on the base model, as if no edit were active.")
+    on_base: bool = Field(
+        default=True, description="Make it on the base model; else under the active edits, which disturbs most editors."
+    )
 
 
 class EditRequest(PreviewRequest):
@@ -79,13 +81,16 @@ class Asked(BaseModel):
         description="A token of the wanted answer, or of the one before: before and after."
     )
     ok: bool
+    was_ok: bool = Field(default=True, description="Whether it was so before: what was wrong already says nothing.")
 
 
 class Checks(BaseModel):
     """What a gate saw of an edit. Empty for one that was taken into the store unchecked."""
 
     passed: bool | None = None
-    kept: float | None = Field(default=None, description="The share of unrelated prompts and guards that hold.")
+    kept: float | None = Field(
+        default=None, description="The share that holds of the unrelated prompts and guards that were right."
+    )
     asked: list[Asked] = []
     norms: dict[str, float] = Field(default={}, description="The Frobenius norm of the change, by layer.")
 
@@ -118,6 +123,26 @@ class EditList(BaseModel):
     data: list[EditRecord]
     head: str = Field(description="The hash of the journal's last entry.")
     has_more: bool
+
+
+class Entry(BaseModel):
+    """What was done."""
+
+    number: int
+    hash: str
+    kind: Literal["add", "undo", "redo"]
+    edit: str
+    time: str
+    author: str
+    reason: str
+
+
+class Journal(BaseModel):
+    """All that was done, in order; at most `PAGE` entries, the latest."""
+
+    object: Literal["list"]
+    data: list[Entry]
+    head: str
 
 
 class Preview(Checks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from typing import Any
 
 from mendlm.errors import InputError, require
 
+_LOG = logging.getLogger("mendlm.serve")
 BACKLOG = 256
 """Connections that may wait to be accepted."""
 _LOG_CONFIG: dict[str, Any] = {
@@ -79,6 +81,11 @@ def run(app: Any, listening: socket.socket, *, grace: int, access_log: bool, rea
     )
 
     class Server(uvicorn.Server):  # type: ignore[misc, name-defined]
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if not self.should_exit:
+                _LOG.warning("ending: finishing what was accepted, for at most %d seconds; Ctrl-C ends it at once", grace)
+            super().handle_exit(sig, frame)
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:

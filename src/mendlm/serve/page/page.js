@@ -329,6 +329,9 @@ function asked(all) {
   })];
 }
 
+// What was to stay and was wrong before: it holds, and says nothing.
+const blind = (one) => one.was_ok === false && (one.kind === "unrelated" || one.kind === "guard");
+
 function question(one) {
   const [was, now] = [one.before.trim(), one.after.trim()];
   const [before, after] = differences(was, now);
@@ -339,7 +342,8 @@ function question(one) {
     h("dd", {}, spoken(marked(parts, tag), text)),
     h("dd", {}, chance(share, `Probability of ${of} ${name.toLowerCase()}: ${percent(share)}`)));
   return h("article", { class: "asked", "data-kind": one.kind },
-    h("header", {}, h("div", { class: "prompt", dir: "auto" }, one.prompt), mark(one.ok)),
+    h("header", {}, h("div", { class: "prompt", dir: "auto" }, one.prompt),
+      one.ok && blind(one) ? h("span", { class: "hint" }, "was wrong already") : mark(one.ok)),
     h("dl", { class: "sides" },
       side("Before", before, "del", was, one.probability[0]),
       side("After", after, "ins", now, one.probability[1])),
