@@ -4,10 +4,10 @@
 
 Each client has a fact of its own, about a place and with an answer that no other client has. It asks for it under its own edit,
 on the base model and under all active edits, takes it back, brings it back, and corrects it anew. Written down: the status of
-every answer; whether an answer under a client's own edit, or on the base, is the one that it first got so (arithmetic on
-batches of other sizes can turn a near tie) and whether it names another client's answer (a leak); time by kind, p50 and p95;
-the process's memory in the second half's last part; and after SIGKILL and a start on the same store, whether every
-acknowledged edit has its acknowledged state.
+every answer; whether an answer under a client's own edit, or on the base, is the one that the model gives alone, without any
+other request beside it, computed afterwards (arithmetic on batches of other sizes can turn a near tie), and whether it names
+another client's answer (a leak); time by kind, p50 and p95; the process's memory in the second half's last part; and after
+SIGKILL and a start on the same store, whether every acknowledged edit has its acknowledged state.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import bench
+import mendlm
+from mendlm.serve.decoding import Row, decode
 
 FIRST = ("Al", "Bre", "Cor", "Dun", "El", "Fal", "Gor", "Hal")
 LAST = ("dova", "mark", "stead", "wick")
@@ -40,6 +42,8 @@ ANSWERS = (  # noqa: SIM905
     "Lyon Oslo Quito Accra Turin Lima Kyoto Dakar Havana Tunis Riga Porto Hanoi Seville Nairobi Krakow "
     "Bogota Manila Zagreb Helsinki Santiago Bremen Leeds Osaka Perth Naples Ottawa Dublin Cairo Athens Warsaw Geneva"
 ).split()
+TOKENS = 8
+"""Tokens of an answer."""
 SETTLED = 0.4
 """The share of the second half after which memory counts: by then every buffer has been used since the start in the middle."""
 
@@ -55,8 +59,8 @@ class Client:
     state: str = "none"
     unsure: bool = False
     """Whether a change was asked for and not answered, when the process was killed."""
-    first: dict[str, str] = field(default_factory=dict)
-    """The first answer under each set of edits."""
+    heard: dict[str, Counter[str]] = field(default_factory=dict)
+    """By edit, or "" for the base, the answers and how often they came."""
 
 
 class Soak:
@@ -66,8 +70,6 @@ class Soak:
         self.arguments, self.folder = arguments, folder
         self.statuses: Counter[str] = Counter()
         self.seconds: dict[str, list[float]] = {}
-        self.answers: Counter[str] = Counter()
-        self.examples: list[dict[str, str]] = []
         self.memory: list[tuple[float, float]] = []
         self.lost: list[str] = []
         self.lock, self.down, self.over = threading.Lock(), threading.Event(), threading.Event()
@@ -124,20 +126,11 @@ class Soak:
 
     def complete(self, client: Client, kind: str, edits: list[str] | None) -> None:
         """Ask for the fact, and compare with what was answered first."""
-        body = {"prompt": client.prompt, "max_tokens": 8, "temperature": 0}
+        body = {"prompt": client.prompt, "max_tokens": TOKENS, "temperature": 0}
         status, content = self.asked(kind, "POST", "/v1/completions", body if edits is None else {**body, "edits": edits})
         if status != 200 or edits is None:
             return
-        text = content["choices"][0]["text"]
-        first = client.first.setdefault(json.dumps(edits), text)
-        others = {other.target for other in self.clients} - {client.target}
-        leaked = [word for word in others if word in text and word not in first]
-        with self.lock:
-            self.answers["asked"] += 1
-            self.answers["same as the first"] += text == first
-            self.answers["leaks"] += bool(leaked)
-            if text != first and len(self.examples) < 20:
-                self.examples.append({"prompt": client.prompt, "edits": kind, "first": first, "later": text})
+        client.heard.setdefault("".join(edits), Counter())[content["choices"][0]["text"]] += 1
 
     def change(self, client: Client) -> None:
         """Make, take back, or bring back the client's edit."""
@@ -211,6 +204,27 @@ class Soak:
         self.memory.clear()
         self.down.clear()
 
+    def compare(self) -> tuple[dict[str, int], list[dict[str, str]]]:
+        """The answers that came, against those of the model alone: counts, and some that differ."""
+        session = mendlm.Session.open(
+            self.arguments.model, editor=self.arguments.editor, store=self.folder / "store", dtype=self.arguments.dtype
+        )
+        found: Counter[str] = Counter({"asked": 0, "as alone": 0, "leaks": 0})
+        examples: list[dict[str, str]] = []
+        for client in self.clients:
+            others = {other.target for other in self.clients} - {client.target}
+            row = Row(prompt=session.formatter.encode(client.prompt, None).prompt, max_tokens=TOKENS)
+            for edit, heard in client.heard.items():
+                edits = [session.stack([edit])] if edit else []
+                steps = decode(session.model, session.formatter, [replace(row, edit=len(edits) - 1)], edits)
+                alone = "".join(said.text for step in steps for said in step)
+                for text, times in heard.items():
+                    leaked = any(word in text and word not in alone for word in others)
+                    found.update({"asked": times, "as alone": times * (text == alone), "leaks": times * leaked})
+                    if text != alone and len(examples) < 20:
+                        examples.append({"prompt": client.prompt, "edit": edit, "alone": alone, "heard": text})
+        return dict(found), examples
+
     def run(self) -> dict[str, Any]:
         """All of it."""
         seconds: float = self.arguments.seconds
@@ -227,6 +241,7 @@ class Soak:
             thread.join()
         self.process.send_signal(signal.SIGTERM)
         stopped = self.process.wait(60)
+        compared, examples = self.compare()
         verified = subprocess.run(
             [sys.executable, "-m", "mendlm", "store", str(self.folder / "store"), "verify", "--json"], capture_output=True
         )
@@ -236,8 +251,8 @@ class Soak:
             "seconds": seconds,
             "statuses": dict(sorted(self.statuses.items())),
             "server_errors": sum(n for name, n in self.statuses.items() if name.split()[-1].startswith("5")),
-            "answers": dict(self.answers),
-            "changed_answers": self.examples,
+            "answers": compared,
+            "other_answers": examples,
             "latency_ms": {
                 kind: {"count": len(t), "p50": 1000 * statistics.median(t), "p95": 1000 * sorted(t)[int(0.95 * (len(t) - 1))]}
                 for kind, t in sorted(self.seconds.items())

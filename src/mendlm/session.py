@@ -127,6 +127,10 @@ class Session:
         """The active edits by id, oldest first."""
         return {record.id: self._read(record.id) for record in self.store.active()}
 
+    def read(self, edit: str) -> Edit:
+        """An edit of the store by its id, whatever its state."""
+        return self._read(self.store.record(edit).id)
+
     @property
     def active(self) -> Edit | None:
         """The active edits as one: the rows of all, in the journal's order."""
@@ -147,7 +151,11 @@ class Session:
         return self._fused(tuple(record.id for record in chosen)) if chosen else None
 
     def _read(self, name: str) -> Edit:
-        return self._cached((name, ""), lambda: Edit.from_bytes(self.store.content(name), f"the edit {name}").to(self._device))
+        def read() -> Edit:
+            edit = Edit.from_bytes(self.store.content(name), f"the edit {name}").to(self._device)
+            return replace(edit, about={**edit.about, "id": name})
+
+        return self._cached((name, ""), read)
 
     def _fused(self, names: tuple[str, ...]) -> Edit:
         return self._cached(names, lambda: self._fuse([self._read(name) for name in names]))
@@ -347,7 +355,7 @@ class Session:
                 place.mkdir()
                 save_editor(place / hub.EDITOR, self.editor.method, self.editor.about)
             else:
-                edits = list(self.edits.values()) if what == "edits" else [self._read(self.store.record(what).id)]
+                edits = list(self.edits.values()) if what == "edits" else [self.read(what)]
                 export_peft(edits, place)
             return hub.push(place, repo, results=results, private=private, endpoint=endpoint, token=token)
 

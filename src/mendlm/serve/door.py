@@ -36,7 +36,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE")
-READERS_POST = ("/v1/completions", "/v1/chat/completions", "/v1/preview", "/v1/check")
+READERS_POST = ("/v1/completions", "/v1/chat/completions", "/v1/preview")
 """What a token of the role `read` may post to. All else that is no `SAFE` method needs `edit`."""
 CLOSED_POLICY = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 HEADERS = {

@@ -105,7 +105,7 @@ def one_edit(edit: str) -> Task:
     """An edit's rows."""
 
     def task(session: Session) -> list[Edit]:
-        return [Edit.from_bytes(session.store.content(known(session, edit).id))]
+        return [session.read(known(session, edit).id)]
 
     return task
 
