@@ -391,8 +391,9 @@ def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated
 
 
 def addition(edit: Edit, base: Mapping[str, Any], checks: Mapping[str, Any] | None = None) -> Addition:
-    """An edit as a store of that base takes it."""
-    about = edit.about
+    """An edit as a store of that base takes it; the store gives it an id of its own."""
+    about = {name: value for name, value in edit.about.items() if name != "id"}
+    edit = replace(edit, about=about)
     told: dict[str, Any] = {"request": about.get("request") or {}, "editor": about.get("editor") or {}}
     return Addition(content=edit.to_bytes(), base=base, checks=checks or {}, stack=about.get("stack") or (), **told)
 
