@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from cases import byte_tokenizer, other, tiny
-from mendlm.apply import Edit, applied, stacked
+from mendlm.apply import CHANGED_BASE, Edit, applied, stacked
 from mendlm.editor import Editor
 from mendlm.errors import FormatError, GateError, InputError, LayerError, RecordError
 from mendlm.gate import Asked, Gate, Guard, ask, judge, load_guards
@@ -156,6 +157,21 @@ def test_what_another_process_writes_takes_effect_with_the_next_call(tmp_path: P
     writer.edit(PROMPTS[0], "a baker")
     assert torch.equal(logits(session), logits(writer))
     assert not torch.equal(logits(session), base)
+
+
+def test_the_base_is_not_changed_twice() -> None:
+    session = new_session()
+    edit = session.editor.edit(PROMPTS[0], "a baker")
+    one, other = (replace(edit * scale, about={**edit.about, CHANGED_BASE: True, "request": {}}) for scale in (1.0, 2.0))
+    first = session.add(one)
+    with pytest.raises(InputError, match="must not be made twice"):
+        session.add(other)
+    session.undo()
+    session.add(other)
+    for name in (None, first):
+        with pytest.raises(InputError, match="must not be made twice"):
+            session.redo(name)
+    assert session.store.record(first).state == "undone"
 
 
 def test_a_later_edit_of_a_prompt_replaces_the_earlier_one() -> None:

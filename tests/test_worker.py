@@ -335,6 +335,22 @@ def test_who_waits_past_its_time_is_never_begun(make, stuck):
     assert worker.stats.completions["timed out"] == 1
 
 
+def test_a_call_that_waits_past_its_time_is_never_run(make):
+    clock, ran = Clock(), []
+    worker = make(clock, seconds=10)
+    late = worker.call(lambda session: ran.append("late"))
+    clock.now = 4
+    early = worker.call(lambda session: ran.append("early"))
+    clock.now = 10.5
+    worker.start()
+    with pytest.raises(TimedOut, match="more than 10 seconds"):
+        late.result(timeout=30)
+    early.result(timeout=30)
+    worker.close()
+    assert ran == ["early"]
+    assert worker.stats.calls == {"timed out": 1, "done": 1}
+
+
 def test_a_row_past_its_time_leaves_the_batch_and_who_waits_hears_of_it_too(session, make):
     clock = Clock()
     worker = make(clock, seconds=10, batch=2)

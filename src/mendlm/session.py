@@ -303,9 +303,8 @@ class Session:
 
     def redo(self, name: str | None = None, *, author: str = "", reason: str = "") -> Edit:
         """Put an undone edit back in its place of the stack, by default the one undone last. Returns the edit."""
-        if name is not None:
-            name = self.store.record(name).id
-            stacked([*(one for key, one in self.edits.items() if key != name), self._read(name)])  # the base changes once
+        name = self.store.record(name).id if name is not None else self.store.latest("redo")
+        stacked([*(one for key, one in self.edits.items() if key != name), self._read(name)])  # the base changes once
         return self._read(self.store.redo(name, author=author, reason=reason).id)
 
     # Answers

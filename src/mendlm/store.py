@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 
@@ -271,14 +271,16 @@ class Store:
         """Put an undone edit back in its place, by default the one that was undone last; it supersedes as when it was added."""
         return self._turn("redo", edit, author, reason)
 
-    def _turn(self, kind: str, edit: str | None, author: str, reason: str) -> Record:
+    def _turn(self, kind: Literal["undo", "redo"], edit: str | None, author: str, reason: str) -> Record:
         with self._writing():
-            edit = self._last(kind) if edit is None else self._id(edit)
+            edit = self.latest(kind) if edit is None else self._id(edit)
             self._history.require(kind, edit)
             self._append({"kind": kind, "time": now(), "author": author, "reason": reason, "edit": edit})
         return self._history.record(edit)
 
-    def _last(self, kind: str) -> str:
+    def latest(self, kind: Literal["undo", "redo"]) -> str:
+        """The id that `undo` or `redo` takes if none is given. Raises `InputError` if there is none."""
+        self._refresh()
         history = self._history
         found = [record.id for record in history.active()] if kind == "undo" else history.undone()
         if not found:

@@ -49,7 +49,9 @@ def serve(
     edit_tokens: Annotated[
         int, typer.Option("--max-edit-tokens", min=1, help="The prompts of an edit or a preview together, in tokens.")
     ] = 8192,
-    seconds: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds that a completion may take in all.")] = 60,
+    seconds: Annotated[
+        float, typer.Option("--timeout", min=0.001, help="Seconds that a completion may take in all, and an edit may wait.")
+    ] = 60,
     body: Annotated[int, typer.Option("--max-body", min=1, help="Bytes of a request's body.")] = 2**20,
     requests: Annotated[int, typer.Option("--max-requests", min=1, help="Requests that are answered at a time.")] = 256,
     grace: Annotated[int, typer.Option("--grace", min=0, help="Seconds to finish what was accepted, when it is ended.")] = 30,

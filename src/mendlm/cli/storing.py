@@ -327,7 +327,9 @@ def verify(
     """Read everything again: files against their hashes, and the chain of entries. Exit code 1 if something is wrong."""
     store = _open(context)
     verdict = store.verify(head)
-    whole = f"whole: {verdict.edits} edits, {verdict.entries} entries" if not verdict.problems else "DAMAGED"
+    whole = f"whole: {verdict.edits} edits, {verdict.entries} entries"
+    if verdict.problems:
+        whole = "DAMAGED" if head is None else "DAMAGED, or not what it was when the head was kept"
     lines = [*verdict.problems, f"{context.obj} is {whole}", f"head {verdict.head}"]
     if verdict.orphans:
         lines.insert(-1, f"{len(verdict.orphans)} files that no entry names, which `gc` removes")

@@ -68,7 +68,7 @@ class Limits:
     edit_tokens: int = 8192
     """The most tokens of all prompts of an edit or a preview together; their answers keep to `max_tokens`."""
     seconds: float = 60
-    """How long a completion may take, from its acceptance to the end of its answer."""
+    """How long a completion may take, from its acceptance to the end of its answer, and how long a call may wait."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -134,7 +134,7 @@ class Stats:
 
     completions: Counter[Outcome] = field(default_factory=Counter)
     """By how they ended."""
-    calls: Counter[Literal["done", "failed", "cancelled", "closed", "refused"]] = field(default_factory=Counter)
+    calls: Counter[Literal["done", "failed", "cancelled", "timed out", "closed", "refused"]] = field(default_factory=Counter)
     batches: Counter[int] = field(default_factory=Counter)
     """How many batches were begun, by their number of rows."""
     prompt_tokens: int = 0
@@ -173,6 +173,8 @@ class _Call:
 
     task: Callable[[Session], Any]
     future: Future[Any]
+    due: float
+    """When it is no longer begun."""
 
 
 class Worker:
@@ -209,11 +211,12 @@ class Worker:
     def call(self, task: Callable[[Session], T]) -> Future[T]:
         """Run a task with the session, alone on the worker's thread: an edit, an undo, a list. Raises `Busy` and `Closed`.
 
-        A future that is cancelled before its turn is not run.
+        A future that is cancelled before its turn is not run, and one that waits longer than `Limits.seconds` ends with
+        `TimedOut` without being run; what has begun is never cut off.
         """
         future: Future[T] = Future()
         with self._changed:
-            self._accept(_Call(task, future), self._stats.calls)
+            self._accept(_Call(task, future, self._clock() + self.limits.seconds), self._stats.calls)
         return future
 
     def complete(self, request: CompletionRequest, listener: Listener) -> Ticket:
@@ -336,9 +339,12 @@ class Worker:
 
     def _do(self, call: _Call) -> None:
         begun = self._clock()
-        outcome: Literal["done", "failed", "cancelled"] = "done"
+        outcome: Literal["done", "failed", "cancelled", "timed out"] = "done"
         if not call.future.set_running_or_notify_cancel():
             outcome = "cancelled"
+        elif begun > call.due:
+            outcome = "timed out"
+            call.future.set_exception(TimedOut(f"it waited for more than {self.limits.seconds:g} seconds, and was not begun"))
         else:
             try:
                 result = call.task(self._session)
