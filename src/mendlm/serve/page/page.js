@@ -296,9 +296,10 @@ async function preview() {
 }
 
 function showTrial(trial) {
-  const holds = trial.asked.filter((one) => one.ok).length;
+  const telling = trial.asked.filter((one) => !blind(one));
+  const holds = telling.filter((one) => one.ok).length;
   const told = [
-    `${holds} of ${trial.asked.length} hold`,
+    `${holds} of ${telling.length} hold`,
     trial.kept === null || trial.kept === undefined ? "no neighbours or guards were asked" : `${percent(trial.kept)} of neighbours and guards kept`,
     trial.milliseconds === undefined ? null : `made in ${trial.milliseconds.toFixed(trial.milliseconds < 10 ? 1 : 0)} ms`,
   ];
@@ -322,9 +323,10 @@ function asked(all) {
   return [legend, ...Object.entries(KINDS).map(([kind, title]) => {
     const some = all.filter((one) => one.kind === kind);
     if (!some.length) return null;
-    const holds = some.filter((one) => one.ok).length;
+    const telling = some.filter((one) => !blind(one));
+    const holds = telling.filter((one) => one.ok).length;
     return h("div", { class: "kind", role: "group", "aria-label": title },
-      h("h4", {}, some.length > 1 ? `${title} · ${holds} of ${some.length} hold` : title),
+      h("h4", {}, some.length > 1 ? `${title} · ${holds} of ${telling.length} hold` : title),
       h("ul", {}, some.map((one) => h("li", {}, question(one)))));
   })];
 }
