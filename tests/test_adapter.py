@@ -158,8 +158,8 @@ def test_a_changed_number_of_rows_is_noticed(tmp_path: Path) -> None:
 
 
 def test_what_is_no_edit_is_said(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FormatError, match="is not an edit"):
+    for folder, said in ((tmp_path, "is not an edit"), (tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(FormatError, match=said):
             Edit.load(folder)
     path = saved(tmp_path / "edit", "edit.json")
     path.write_text(path.read_text().replace("mendlm-edit-1", "mendlm-edit-0"))
