@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train the starter editor as it is shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
-# DATA_DIR holds the files that benchmarks/prepare/data.py checks. The first two of three trainings lie in RUN-first and
-# RUN-second. What was interrupted goes on when the same command is given again.
+# Train the starter model's editors as they are shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
+# DATA_DIR holds the files that benchmarks/prepare/data.py checks. RUN is the starter editor; the first two of its three trainings
+# lie in RUN-first and RUN-second. RUN-many is starter-many, from RUN, by way of RUN-together. What was interrupted goes on when
+# the same command is given again.
 set -euo pipefail
 here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
 
@@ -27,3 +28,6 @@ continued="records:$cache/counterfact-continued.jsonl"
 train "$run-first" starter.toml "counterfact:$data/counterfact-train.json" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}"
 train "$run-second" starter-continued.toml "$continued" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}" --from "$run-first"
 train "$run" starter-chat.toml "$continued" "${zsre[@]}" --data "records:$cache/zsre-retargeted.jsonl" --from "$run-second"
+both=("${zsre[@]}" --data "records:$cache/zsre-retargeted.jsonl")
+train "$run-together" starter-together.toml "$continued" "${both[@]}" --from "$run"
+train "$run-many" starter-many.toml "$continued" "${both[@]}" --from "$run-together"

@@ -1,8 +1,8 @@
-"""Put a trained editor into the package as the starter editor.
+"""Put a trained editor into the package as one of the starter model's.
 
-python scripts/ship_editor.py RUN SUMMARY.json [SUMMARY.json ...]
+python scripts/ship_editor.py starter|starter-many RUN SUMMARY.json [SUMMARY.json ...]
 
-Writes src/mendlm/starter/editor.safetensors: parameters in bf16, statistics as they are, and in the metadata what the run
+Writes its file in src/mendlm/starter: parameters in bf16, statistics as they are, and in the metadata what the run
 says about itself and the measured quality, as `mendlm eval` of the *shipped* file or of the run gave it.
 """
 
@@ -15,23 +15,35 @@ from typing import Any
 import torch
 
 from mendlm.checkpoint import load_editor, save_editor
-from mendlm.editor import editor_file
+from mendlm.editor import SHIPPED, editor_file
 from mendlm.files import read_json, sha256
 
-KEPT = ("count", "chat", "success", "generality", "locality", "success_generated", "generality_generated", "drawdown_ppl")
-TARGET = Path(__file__).parent.parent / "src" / "mendlm" / "starter" / "editor.safetensors"
+KEPT = (
+    "count",
+    "num_edits",
+    "chat",
+    "success",
+    "generality",
+    "locality",
+    "success_generated",
+    "generality_generated",
+    "drawdown_ppl",
+)
+FOLDER = Path(__file__).parent.parent / "src" / "mendlm" / "starter"
 
 
-def main(run: str, *summaries: str) -> None:
+def main(name: str, run: str, *summaries: str) -> None:
     """Write the shipped file."""
+    target = FOLDER / SHIPPED[name]
     method, about = load_editor(editor_file(run))
     quality: dict[str, Any] = {}
     for summary in map(Path, summaries):
         content = read_json(summary)
-        name = content["data"].partition(":")[2] + (", chat" if content["chat"] else "")
-        quality[name] = {key: content[key] for key in KEPT} | {"data_sha256": content["data_sha256"]}
-    save_editor(TARGET, method, {**about, "quality": quality}, dtype=torch.bfloat16)
-    print(f"{TARGET.name}: {TARGET.stat().st_size:,} bytes, sha256 {sha256(TARGET)}")
+        together = f", {content['num_edits']} at once" if content["num_edits"] > 1 else ""
+        what = content["data"].partition(":")[2] + (", chat" if content["chat"] else "") + together
+        quality[what] = {key: content[key] for key in KEPT} | {"data_sha256": content["data_sha256"]}
+    save_editor(target, method, {**about, "quality": quality}, dtype=torch.bfloat16)
+    print(f"{target.name}: {target.stat().st_size:,} bytes, sha256 {sha256(target)}")
 
 
 if __name__ == "__main__":

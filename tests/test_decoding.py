@@ -318,6 +318,13 @@ def test_sampling_at_the_ends():
         assert drawn[1:] == [0, 1]
 
 
+@pytest.mark.parametrize("extreme", [{"temperature": 5e-129}, {"temperature": 1.0, "top_p": 5e-129}])
+def test_what_rounds_to_nothing_leaves_the_likeliest_token(extreme):
+    model, formatter, edits = tiny("llama"), form(), some_edits("llama")
+    row = asked(formatter, edits)[0]
+    assert run(model, formatter, [replace(row, seed=1, **extreme)], edits)[0] == alone(model, formatter, row, edits)
+
+
 def test_a_seed_gives_the_same_answer_in_any_company():
     model, formatter, edits = tiny("llama"), form(), some_edits("llama")
     rows = [replace(row, temperature=1.5, top_p=0.9, seed=i) for i, row in enumerate(asked(formatter, edits))]

@@ -10,12 +10,13 @@ import torch
 import mendlm
 from mendlm.checkpoint import load_editor
 from mendlm.demo import demonstrate
-from mendlm.editor import editor_file
+from mendlm.editor import SHIPPED, editor_file
 from mendlm.tensors import read_tensors
 
 
-def test_the_shipped_editor_says_where_it_is_from() -> None:
-    path = editor_file("starter")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_editors_say_where_they_are_from(name: str) -> None:
+    path = editor_file(name)
     assert path.stat().st_size <= 10 * 2**20
     tensors, metadata = read_tensors(path)
     assert all(tensor.dtype == torch.bfloat16 for name, tensor in tensors.items() if name.startswith("nets."))

@@ -22,6 +22,9 @@ from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
 from mendlm.text import Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
 
+SHIPPED = {STARTER: "editor.safetensors", f"{STARTER}-many": "many.safetensors"}
+"""The editors of the starter model by name: for single edits, and for several that are active together."""
+
 
 class Editor:
     """Turns requests into edits of one model.
@@ -60,7 +63,7 @@ class Editor:
         force: bool = False,
         device: str | torch.device | None = None,
     ) -> Editor:
-        """The starter editor ("starter"), or a run folder's or file's, for a loaded model; raises as `load_method`."""
+        """A shipped editor of `SHIPPED`, or a run folder's or file's, for a loaded model; raises as `load_method`."""
         method, about = load_method(source, model, force=force)
         return cls(method, model, tokenizer, about, device)
 
@@ -154,10 +157,10 @@ def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple
 
 
 def editor_file(source: str | Path) -> Path:
-    """The file of an editor by name: the shipped one for "starter", else a run folder's or the file itself."""
-    if str(source) != STARTER:
+    """The file of an editor by name: a shipped one of `SHIPPED`, else a run folder's or the file itself."""
+    if str(source) not in SHIPPED:
         return editor_path(Path(source))
-    path = Path(str(importlib.resources.files("mendlm"))) / "starter" / "editor.safetensors"
+    path = Path(str(importlib.resources.files("mendlm"))) / "starter" / SHIPPED[str(source)]
     if not path.is_file():
         raise FormatError("this installation of mendlm lacks the starter editor; install it again")
     return path

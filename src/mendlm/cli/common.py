@@ -25,7 +25,10 @@ REQUESTS = "counterfact, zsre, records, fever, wikitext, knowedit"
 """The tasks that hold requests, for the help: the tasks themselves are imported when a command runs."""
 
 Model = Annotated[str, typer.Option("--model", help="'starter', a Hugging Face folder, or a hub id.")]
-EditorOption = Annotated[str | None, typer.Option("--editor", help="A run folder or editor file; the starter has its own.")]
+EditorOption = Annotated[
+    str | None,
+    typer.Option("--editor", help="A run folder or editor file; the starter has its own, and starter-many for several edits."),
+]
 MethodOption = Annotated[
     str | None,
     typer.Option(

@@ -250,12 +250,14 @@ def sample(
     """Nucleus sampling (Holtzman et al., 2020) as a function of one uniform number (0 to 1) a row.
 
     `p = softmax(logits / temperature)`, in falling order; the nucleus is the shortest beginning whose sum is at least `top_p`,
-    and the token is where the sum of `p` first exceeds `uniform` times the nucleus's.
+    and the token is where the sum of `p` first exceeds `uniform` times the nucleus's. A temperature or `top_p` that rounds to 0
+    leaves the likeliest token.
     """
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]  # finite at any temperature
+    coldest = torch.finfo(logits.dtype).tiny
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(coldest)[:, None]
     p, token = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     mass = p.cumsum(-1)
-    last = ((mass - p < top_p[:, None]) & (p > 0)).sum(-1, keepdim=True) - 1
+    last = (((mass - p < top_p[:, None]) & (p > 0)).sum(-1, keepdim=True) - 1).clamp_min(0)
     place: Tensor = torch.searchsorted(mass, uniform[:, None] * mass.gather(-1, last), right=True)
     return token.gather(-1, place.minimum(last)).squeeze(-1)
 
