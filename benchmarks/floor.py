@@ -1,11 +1,12 @@
 """The arithmetic floor of a training step and of an edit, and what is measured over it.
 
-    python benchmarks/floor.py [--model starter] [--data-dir DIR] [--batch 64]
+    python benchmarks/floor.py [--model starter | --shape 1b] [--data-dir DIR] [--batch 64]
 
 The floor is the operations that nothing can leave out, at the rate of the machine's own matrix products, each part in its
 dtype and shapes: the trunk once a text; the blocks above it forward and back, at the edit twice and at an unrelated text twice
 forward; the head at scored positions; the editor forward, again, and back; the overlay. Also the speed-up that a trunk cache
-has by it, and the one measured. Bars: 0.8 of the floor, and 0.8 of the derived speed-up.
+has by it, and the one measured. Bars: 0.8 of the floor, and 0.8 of the derived speed-up. With `--shape` a model of random
+weights and texts of the lengths of `mendlm.plan.Lengths`, as in `scale.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch.nn import functional as F
 
 import bench
 import mendlm
+import scale
 from mendlm.layers import block_of, block_stacks
+from mendlm.plan import Lengths, formatter_of, texts
 from mendlm.replay import Trunk
 from mendlm.text import Formatter
 from mendlm.training import Drawn, TrainConfig, draw, outer_loss
@@ -33,11 +36,18 @@ ROWS = 256
 def main() -> None:
     parser = bench.parser(__doc__)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--shape", choices=scale.SHAPES, help="a decoder of random weights instead of a model")
     arguments = parser.parse_args()
-    model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    formatter, rng = Formatter.of(model, tokenizer), random.Random(0)
-    drawn = [draw(e, (), formatter, CONFIG, rng) for e in bench.requests(arguments.data_dir, arguments.batch)]
-    method, specs = bench.editor_for(model, bench.SHIPPED if arguments.model == "starter" else None)
+    if arguments.shape:
+        model = scale.build(scale.SHAPES[arguments.shape](), torch.device(arguments.device or "cpu"), None)
+        formatter = formatter_of(model)
+        drawn = texts(arguments.batch, Lengths(), formatter.family)
+    else:
+        model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+        formatter, rng = Formatter.of(model, tokenizer), random.Random(0)
+        drawn = [draw(e, (), formatter, CONFIG, rng) for e in bench.requests(arguments.data_dir, arguments.batch)]
+    shipped = arguments.model == "starter" and not arguments.shape
+    method, specs = bench.editor_for(model, bench.SHIPPED if shipped else None)
     trunk = Trunk.below(model, specs)
     method.fit_normalizer(method.gradient(model, formatter.batch([d.edit for d in drawn])))
     one = formatter.batch([drawn[0].edit])
@@ -73,7 +83,7 @@ def main() -> None:
         "cache_share_of_derived": (seconds["step"] / seconds["cached"]) / (floor / above),
         "single_edit_ms": 1000 * seconds["edit"],
     }
-    bench.save(arguments, "floor", model.device, result)
+    bench.save(arguments, f"floor-{arguments.shape}" if arguments.shape else "floor", model.device, result)
 
 
 def operations(model: Any, method: Any, drawn: list[Drawn]) -> dict[str, float]:
