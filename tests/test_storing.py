@@ -169,6 +169,7 @@ def test_what_people_read(run: Command, tmp_path: Path) -> None:
         (["add", "x", "--guard", "g"], "without checks"),
         (["add", "--data", "records:facts.jsonl", "--rephrasing", "x"], "come from the file"),
         (["add", *ANA, *ON, "--guard", "missing"], "missing"),
+        (["add", *ANA, "--model", "model", "--editor", "missing"], "missing does not exist"),
         (["import", "missing"], "does not exist"),
         (["import", "facts.jsonl"], "no export of a store"),
     ],

@@ -113,8 +113,8 @@ class Session:
             gate = replace(gate, guards=(*gate.guards, *load_guards(guards)))
         model, tokenizer = load(source, **options)
         wanted = STARTER if editor is None and str(source) == STARTER else editor
-        opened = Store.open(Path(store), base_of(model)) if store is not None else None
         loaded = Editor.load(wanted, model, tokenizer) if wanted is not None else None
+        opened = Store.open(Path(store), base_of(model)) if store is not None else None  # last: nothing is made for an error
         return cls(model, tokenizer, loaded, store=opened, gate=gate, rank=rank)
 
     def __repr__(self) -> str:
