@@ -646,7 +646,7 @@ def test_a_classifier_given_to_a_task_of_texts_is_told_its_labels(run: Command, 
     said = run(command, *more, "--model", bert, "--data", "records:facts.jsonl", *out, fails=True)
     assert "no label 'Lyon'" in said or "no label 'a baker'" in said or "no label 'the old city'" in said
     assert "its labels are: REFUTES, SUPPORTS" in said
-    assert "'fever'" in said
+    assert "give it requests and unrelated texts whose answers are labels, as those of the task 'fever'" in said
     assert not (tmp_path / "new").exists()
 
 
