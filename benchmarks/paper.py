@@ -4,9 +4,10 @@
     python benchmarks/paper.py --data-dir DIR --work DIR fever-bert many    # some of it
 
 Each part is a few `mendlm` commands in processes of their own; what is done is kept in --work, so that an interrupted run
-goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all cells, the machine, and every command with its
-seconds) and pictures to docs/images/. `--share 0.05` shortens every training to that share of its steps, in a folder of its
-own, to see whether it all runs; nothing is published then, nor with --limit. The T5's base needs `pip install onnx`.
+goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all cells, the machine, every command with its
+seconds, and each training's log) and pictures to docs/images/. `--share 0.05` shortens every training to that share of its
+steps, in a folder of its own, to see whether it all runs; nothing is published then, nor with --limit. The T5's base needs
+`pip install onnx`.
 
 Drivers of parts without a base or editors in common may share a folder.
 FEVER's claims and Natural Questions are divided once: bases and editors see the larger part, and scores come from the other.
@@ -35,6 +36,8 @@ HERE = Path(__file__).parent
 UNTRAINED = ("ft", "ft-kl", "ft-strong", "lora", "cache", "prompt")
 EDITOR = {"mend": ["editor.rank=128"], "malmen": ["editor.rank=128"], "ke": [], "enn": []}
 """Learned methods, and the settings of their editors."""
+LOGGED = ("step", "loss", "success", "generality", "locality", "seconds")
+"""What is kept of a training's log."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,14 @@ class Driver:
             self.mendlm(f"compare {name} {variant}".strip(), "compare", *common, *editors, *options, "--out", str(out))
         self.publish(name, list(groups))
 
+    def logs(self, name: str) -> dict[str, dict[str, list[float]]]:
+        """Run -> what its training logged, step by step."""
+        found = {}
+        for log in sorted((self.work / (PARTS[name].editors or name) / "runs").glob("*/metrics.jsonl")):
+            rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+            found[log.parent.name] = {key: [round(row[key], 4) for row in rows] for key in LOGGED}
+        return found
+
     def publish(self, name: str, variants: list[str]) -> None:
         """Cells, seconds and pictures of a part, where the guides find them."""
         cells = []
@@ -299,7 +310,7 @@ class Driver:
         )
         machine = bench.machine(torch.device(self.device))
         about = {"part": name, "machine": machine, "share": self.share, "seconds": seconds, "commands": commands}
-        result = {**about, "cells": cells}
+        result = {**about, "logs": self.logs(name), "cells": cells}
         published = self.share == 1 and self.limit is None
         target = HERE if published else self.work
         (target / "results").mkdir(exist_ok=True)

@@ -43,6 +43,9 @@ def test_the_papers_driver_publishes_its_commands_and_the_machine(tmp_path: Path
     work, data = tmp_path / "work", tmp_path / "data"
     (work / "ablations" / "compared" / "cells" / "mend-1").mkdir(parents=True)
     (work / "ablations" / "compared" / "cells" / "mend-1" / "summary.json").write_text(json.dumps(CELL))
+    (work / "ablations" / "runs" / "mend@1").mkdir(parents=True)
+    steps = [{**dict.fromkeys(paper.LOGGED, 0.25), "step": step, "gradient_norm": 3.0} for step in (1, 2)]
+    (work / "ablations" / "runs" / "mend@1" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     driver = paper.Driver(data, work, 1.0, 1, "cpu")
     for name in ("train ablations mend@1", "train many mend@1"):
         driver.run(
@@ -55,6 +58,49 @@ def test_the_papers_driver_publishes_its_commands_and_the_machine(tmp_path: Path
     assert result["seconds"].keys() == result["commands"].keys()
     assert result["machine"]["torch"]
     assert [cell["method"] for cell in result["cells"]] == ["mend"]
+    assert result["logs"] == {"mend@1": {key: [1, 2] if key == "step" else [0.25, 0.25] for key in paper.LOGGED}}
+
+
+def test_the_papers_driver_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    paper = importlib.import_module("paper")
+    order = ["gpt-counterfact", "gpt-zsre", "t5-zsre", "fever-bert", "gpt2-wikitext", "bart-zsre", "many", "ablations"]
+    assert list(paper.PARTS) == order
+    assert all(part.limit >= 200 for part in paper.PARTS.values())
+    data, work = tmp_path / "data", tmp_path / "work"
+    data.mkdir()
+    work.mkdir()
+    (data / "fever-claims-dev.jsonl").write_text('{"claim": "It is so.", "label": "SUPPORTS"}\n')
+    (data / "nq-open-dev.jsonl").write_text('{"question": "who", "answer": ["me"]}\n')
+    asked: list[tuple[str, bool]] = []
+
+    def run(driver: Any, name: str, command: list[str]) -> None:
+        """What the command leaves; one is interrupted at its first checkpoint."""
+        asked.append((name, "--resume" in command))
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        if not name.startswith("train"):
+            return
+        first = asked.count(("train t5-zsre ke@1", False)) == 1 and asked[-1] == ("train t5-zsre ke@1", False)
+        (out / "checkpoint.safetensors").touch()
+        done = 1 if first else int(command[command.index("--steps") + 1])
+        (out / "metrics.jsonl").write_text((json.dumps(dict.fromkeys(paper.LOGGED, 0)) + "\n") * done)
+        if first:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(paper.Driver, "run", run)
+    monkeypatch.setattr(paper.Driver, "publish", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        paper.Driver(data, work, 1.0, None, "cpu").part("t5-zsre")
+    begun = len(asked)
+    assert asked == [("base t5-questions", False), ("train t5-zsre mend@1", False), ("train t5-zsre ke@1", False)]
+    paper.Driver(data, work, 1.0, None, "cpu").part("t5-zsre")
+    assert asked[begun : begun + 3] == [
+        ("train t5-zsre ke@1", True),
+        ("train t5-zsre enn@1", False),
+        ("train t5-zsre malmen@1", False),
+    ]
+    assert {name for name, _ in asked[:begun]} & {name for name, _ in asked[begun:]} == {"train t5-zsre ke@1"}
 
 
 @pytest.mark.slow

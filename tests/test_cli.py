@@ -543,6 +543,9 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "plain text": (["eval", "--data", "records:text.txt"], ["text.txt", "text:text.txt"]),
     "task": (["train", "--data", "facts.jsonl"], ["TASK:PATH", "counterfact"]),
     "missing data": (["train", "--data", "records:none.jsonl"], ["none.jsonl"]),
+    "another task's file": (["train", "--data", "zsre:facts.jsonl"], ["'records': use records:facts.jsonl"]),
+    "no label": (["eval", "--data", "fever:unlabelled.jsonl"], ["unlabelled.jsonl", "record 1", "'label': is missing"]),
+    "no alternatives": (["eval", "--data", "zsre:kilt.jsonl"], ["kilt.jsonl", "record 1", "'alternatives'", "at least one"]),
     "record": (["train", "--data", "records:bad.jsonl"], ["bad.jsonl", "record 2", "target"]),
     "no target": (["edit", "--editor", "run", "--prompt", "Who?"], ["--target"]),
     "empty target": (["edit", "--editor", "run", "--prompt", "Who?", "--target", " "], ["target is empty"]),
@@ -561,6 +564,8 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_message(run: Command, place: Path, tmp_path: Path, name: str) -> None:
     (place / "bad.jsonl").write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n')
+    (place / "unlabelled.jsonl").write_text('{"claim": "Oslo is old."}\n{"claim": "Ulm is new.", "label": "REFUTES"}\n')
+    (place / "kilt.jsonl").write_text('{"input": "Who is Ana?", "alternatives": [], "output": [{"answer": "a cook"}]}\n')
     arguments, said = BAD[name]
     (place / "long.jsonl").write_text(json.dumps({"prompt": "who " * 400, "target": "Bo"}) + "\n")
     arguments = [str(tmp_path / "cache") if one == "CACHE" else one for one in arguments]
@@ -625,6 +630,24 @@ def test_compare_leaves_no_folder_where_no_cell_can_be_scored(run: Command, plac
     (place / "window.jsonl").write_text(json.dumps({"prompt": "who " * 400, "target": "Bo"}) + "\n")
     assert "window 128" in run("compare", "--model", "model", "--data", "records:window.jsonl", *out, fails=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "edit", "eval", "compare"])
+def test_a_classifier_given_to_a_task_of_texts_is_told_its_labels(run: Command, tmp_path: Path, command: str) -> None:
+    bert = on_claims(tmp_path / "bert")[2]
+    more = {
+        "train": ("--steps", 1, "--set", "batch_size=2", "--set", "normalizer_examples=2"),
+        "sweep": ("clip", "1", "--steps", 1, "--set", "batch_size=2", "--set", "normalizer_examples=2"),
+        "edit": ("--method", "ft"),
+        "eval": ("--method", "ft"),
+        "compare": ("--methods", "ft,cache"),
+    }[command]
+    out = ("--out", tmp_path / "new" / "out")
+    said = run(command, *more, "--model", bert, "--data", "records:facts.jsonl", *out, fails=True)
+    assert "no label 'Lyon'" in said or "no label 'a baker'" in said or "no label 'the old city'" in said
+    assert "its labels are: REFUTES, SUPPORTS" in said
+    assert "give it requests and unrelated texts whose answers are labels, as those of the task 'fever'" in said
+    assert not (tmp_path / "new").exists()
 
 
 def test_edit_says_how_many_targets_the_model_gives_already(run: Command, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from cases import byte_tokenizer, tiny
-from mendlm.cli import main
+from mendlm.cli import app, main
+from mendlm.tasks import load_edits
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/quickstart.md", "docs/methods.md", "docs/models.md", "docs/baseline.md", "docs/extending.md")
@@ -38,6 +40,26 @@ def test_every_page_with_code_is_run_somewhere() -> None:
         f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if re.search(r"```(bash|python)", path.read_text())
     }
     assert with_code == {*PAGES[1:], *ELSEWHERE}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/tasks.md", "docs/models.md"])
+def test_the_records_shown_are_records(page: str, tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(page, "json")):
+        (tmp_path / f"{number}.jsonl").write_text(block)
+        assert len(load_edits(f"records:{tmp_path / f'{number}.jsonl'}").examples) == len(block.splitlines())
+
+
+def test_commands_that_no_test_can_run_are_there_with_their_options() -> None:
+    lines = [line for page in (ROOT / "docs").glob("*.md") for line in blocks(f"docs/{page.name}", "(?:console|bash)")]
+    asked = [line.removeprefix("$ ") for block in lines for line in block.replace("\\\n", " ").splitlines()]
+    parsed = 0
+    for line in asked:
+        if re.match(r"mendlm (push|pull|serve) ", line):
+            arguments = shlex.split(line, comments=True)[1:]
+            click = get_command(app)
+            click.commands[arguments[0]].make_context(arguments[0], arguments[1:])  # an unknown option raises
+            parsed += 1
+    assert parsed >= 4
 
 
 @pytest.mark.slow

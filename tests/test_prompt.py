@@ -82,6 +82,7 @@ def test_it_is_evaluated_like_any_method_one_by_one_and_together() -> None:
         assert results.summary["method"] == "prompt"
         assert results.summary["weight_change"] == {}
         assert results.summary["adapter_bytes"] == 0
+        assert results.summary["edit_ms"] == {"p50": None, "p95": None}, "nothing is computed, which is not 0 ms"
         assert any(row["nll"][0] != row["nll"][1] for row in results.rows)
     with pytest.raises(InputError, match="has no strength to change"):
         evaluate(Prompt(), (), model, byte_tokenizer(), data, EvaluationConfig(scale=2.0))

@@ -48,7 +48,7 @@ def test_a_report_holds_every_cell_in_order_and_needs_nothing_else(tmp_path: Pat
         cell(method="mend", num_edits=25),
         cell(method="ft", drawdown_acc=None, perplexity={"before": None, "after": None}),
         cell(locality=nothing, edit_ms={"p50": None, "p95": None}),
-        cell(data="counterfact:b.json", chat=True),
+        cell(data="counterfact:b.json", chat=True, edit_ms={"p50": 0.11, "p95": 0.2}),
     ]
     found = find([put(tmp_path / "a", *cells[:2]), put(tmp_path / "b", *cells[2:])])
     keys = [(c["data"], c["method"], c["num_edits"]) for c in found]
@@ -62,6 +62,7 @@ def test_a_report_holds_every_cell_in_order_and_needs_nothing_else(tmp_path: Pat
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len(lines) == 2 + 4
     assert "| counterfact:b.json, chat | mend | 1 | 1,200 | 3 | 0.800 (0.700 to 0.900) |" in lines[2]
+    assert lines[2].endswith("| < 1 |")
     assert lines[3].endswith("| - | - | 12 |")
     assert lines[4].endswith("| - | +0.0100 | 20.00 → 21.00 | - |")
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == found

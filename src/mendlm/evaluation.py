@@ -334,8 +334,8 @@ class Evaluator:
             rows[i]["new_over_old"].setdefault("neighbour", []).append(better)
 
     def time_edits(self, examples: Sequence[EditExample]) -> tuple[list[float], float, int]:
-        """Milliseconds of single edits, one a call, the first unmeasured; by how many MiB they raise the memory in use at
-        their peak; and the bytes of one as an adapter.
+        """Milliseconds of single edits, one a call, the first unmeasured, none of a method that does not run the model; by how
+        many MiB they raise the memory in use at their peak; and the bytes of one as an adapter.
         """
         times, size, device = [], 0, self.formatter.device
         gc.collect()
@@ -354,7 +354,7 @@ class Evaluator:
             updates = (own if change is None else change.detach() + own).updates
             rank = max(rank_of(updates), max(update.rows for update in updates.values()))
             size = max(size, rank * sum(4 * sum(update.shape) for update in updates.values()))
-        return times[1:], memory.peak_mb(device) - start, size
+        return times[1:] if self.method.runs_model else [], memory.peak_mb(device) - start, size
 
 
 def chunks(count: int, config: EvaluationConfig) -> range:

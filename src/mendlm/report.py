@@ -154,7 +154,7 @@ def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             *(value(cell[name]) for name in COLUMNS),
             f"{acc:+.4f}" if acc is not None else "-",
             change,
-            f"{time:.0f}" if time is not None else "-",
+            "-" if time is None else f"{time:.0f}" if time >= 0.5 else "< 1",
         ]
 
 

@@ -207,7 +207,7 @@ class Formatter:
         if target.strip() not in self.labels:
             raise InputError(
                 f"this classifier has no label {target.strip()[:60]!r}; its labels are: {', '.join(self.labels)}. It answers "
-                "with a label only: edit it with requests whose targets are labels, as those of the task 'fever'"
+                "with a label only: give it requests and unrelated texts whose answers are labels, as those of the task 'fever'"
             )
         return self.labels.index(target.strip())
 

@@ -30,6 +30,9 @@ class Method(ABC):
     edits_weights: ClassVar[bool] = True
     """Whether `edit` gives an `Edit`, which has rows; else it gives another intervention, with `grouped` as an `Edit` has."""
 
+    runs_model: ClassVar[bool] = True
+    """Whether an edit takes a pass of the model; else it takes no time of its own, and costs where something is asked."""
+
     @abstractmethod
     def edit(self, model: Any, batch: Batch) -> Intervention:
         """One independent edit for each example of the batch (a batched `Edit`, for methods that edit weights).

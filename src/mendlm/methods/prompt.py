@@ -35,6 +35,7 @@ class Prompt(Method):
 
     name = "prompt"
     edits_weights = False
+    runs_model = False
 
     def __init__(self, config: PromptConfig | None = None, separator: Sequence[int] = ()) -> None:
         self.specs: tuple[LayerSpec, ...] = ()

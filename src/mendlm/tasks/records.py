@@ -1,7 +1,7 @@
 """The user's own requests, as JSON Lines.
 
-    {"prompt": ..., "target": ..., "rephrasings": [...], "unrelated": [{"prompt": ..., "answer"?: ...}],
-     "subject"?: ..., "portability"?: [{"prompt": ..., "answer": ...}]}
+    {"prompt": ..., "target": ..., "rephrasings": [...], "unrelated": [{"prompt": ..., "answer"?: ..., "kind"?: ...}],
+     "subject"?: ..., "portability"?: [{"prompt": ..., "answer": ..., "kind"?: ...}]}
 
 Only `prompt` and `target` are required. A prompt that ends with a question mark has a whole answer as its target;
 any other prompt is continued by it.
