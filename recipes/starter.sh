@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train the starter model's editors as they are shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
 # DATA_DIR holds the files that benchmarks/prepare/data.py checks. RUN is the starter editor; the first two of its three trainings
-# lie in RUN-first and RUN-second. RUN-many is starter-many, from RUN, by way of RUN-together. What was interrupted goes on when
-# the same command is given again.
+# lie in RUN-first and RUN-second. RUN-many is starter-many, from RUN, by way of RUN-together, RUN-both and RUN-longer. What was
+# interrupted goes on when the same command is given again.
 set -euo pipefail
 here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
 
@@ -30,4 +30,7 @@ train "$run-second" starter-continued.toml "$continued" "${zsre[@]}" "${zsre[@]}
 train "$run" starter-chat.toml "$continued" "${zsre[@]}" --data "records:$cache/zsre-retargeted.jsonl" --from "$run-second"
 both=("${zsre[@]}" --data "records:$cache/zsre-retargeted.jsonl")
 train "$run-together" starter-together.toml "$continued" "${both[@]}" --from "$run"
-train "$run-many" starter-many.toml "$continued" "${both[@]}" --from "$run-together"
+train "$run-both" starter-many.toml "$continued" "${both[@]}" --from "$run-together"
+train "$run-longer" starter-many.toml "$continued" "${both[@]}" --from "$run-both" --set steps=800
+gentler=(--set steps=520 --set learning_rate=5e-4 --set locality_weight=5)
+train "$run-many" starter-many.toml "$continued" "${both[@]}" --from "$run-longer" "${gentler[@]}"
