@@ -30,10 +30,7 @@ def main() -> None:
     parser.add_argument("--requests", type=bench.numbers, default="256,1000", help="edits at once")
     arguments = parser.parse_args()
     model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    if arguments.editor == "none":
-        editor = mendlm.Editor(bench.editor_for(model, None)[0], model, tokenizer)
-    else:
-        editor = mendlm.Editor.load(arguments.editor, model, tokenizer)
+    editor = bench.editor_of(arguments.editor, model, tokenizer)
     many = [(e.prompt, e.target) for e in bench.requests(arguments.data_dir, max(arguments.requests))]
     one, few, half = many[0], apply.FEW, min(16, len(many) // 2)
     batch = editor.formatter.batch([editor.formatter.encode(*one)])

@@ -151,11 +151,7 @@ class Session:
         return self._fused(tuple(record.id for record in chosen)) if chosen else None
 
     def _read(self, name: str) -> Edit:
-        def read() -> Edit:
-            edit = Edit.from_bytes(self.store.content(name), f"the edit {name}").to(self._device)
-            return replace(edit, about={**edit.about, "id": name})
-
-        return self._cached((name, ""), read)
+        return self._cached((name, ""), lambda: edit_of(self.store, name).to(self._device))
 
     def _fused(self, names: tuple[str, ...]) -> Edit:
         return self._cached(names, lambda: self._fuse([self._read(name) for name in names]))
@@ -387,6 +383,12 @@ def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated
     probes = tuple(probe if isinstance(probe, Probe) else Probe(probe) for probe in unrelated)
     question = is_question(prompt)
     return EditExample(prompt=prompt, target=target, rephrasings=tuple(rephrasings), unrelated=probes, question=question)
+
+
+def edit_of(store: Store, name: str) -> Edit:
+    """An edit of a store by its whole id, which it carries; raises as `Store.content`."""
+    edit = Edit.from_bytes(store.content(name), f"the edit {name}")
+    return replace(edit, about={**edit.about, "id": name})
 
 
 def addition(edit: Edit, base: Mapping[str, Any], checks: Mapping[str, Any] | None = None) -> Addition:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,6 +93,7 @@ def export(
 def _edits(folder: Path, ids: list[str] | None) -> list[Any]:
     """The edit of a folder, or the active ones of a store, or those of these ids."""
     from mendlm.apply import Edit
+    from mendlm.session import edit_of
     from mendlm.store import DATABASE, Store
 
     if not (folder / DATABASE).is_file():
@@ -102,10 +102,7 @@ def _edits(folder: Path, ids: list[str] | None) -> list[Any]:
         return [Edit.load(folder)]
     store = Store.open(folder)
     records = [store.record(one) for one in ids] if ids else store.active()
-    edits = []
-    for record in {record.id: record for record in records}.values():
-        edit = Edit.from_bytes(store.content(record.id), f"the edit {record.id}")
-        edits.append(replace(edit, about={**edit.about, "id": record.id}))
+    edits = [edit_of(store, name) for name in dict.fromkeys(record.id for record in records)]
     if not edits:
         raise InputError(
             f"the store {folder} has no active edit to export; `mendlm store {folder} list --all` shows the others"

@@ -93,7 +93,7 @@ def add(
     revision: common.Revision = None,
     from_wheel: common.FromWheel = None,
 ) -> None:
-    """Make edits under the active ones, check them, and keep them; or take edit folders in. All or none.
+    """Make edits, check them, and keep them; or take edit folders in. All or none.
 
     A new folder becomes a store.
     """
@@ -212,8 +212,7 @@ def show(context: typer.Context, edit: Id = None, json_output: common.Json = Fal
         return
     rows = [
         (
-            a["kind"],
-            *map(_flat, (a["prompt"], a["before"], a["after"])),
+            *_answers(a),
             "{:.2f} -> {:.2f}".format(*a["probability"]),
             _holds(a),
         )
@@ -240,6 +239,10 @@ def _told(content: dict[str, Any], indent: str = "") -> list[str]:
 
 def _flat(text: str) -> str:
     return " ".join(text.split())
+
+
+def _answers(asked: dict[str, Any]) -> tuple[str, str, str, str]:
+    return asked["kind"], _flat(asked["prompt"]), _flat(asked["before"]), _flat(asked["after"])
 
 
 def _holds(asked: dict[str, Any]) -> str:
@@ -269,7 +272,7 @@ def diff(context: typer.Context, edit: Id = None, json_output: common.Json = Fal
     if not record.checks.get("asked"):
         common.emit(False, {}, f"{record.id} was added without checks: no answers were seen")
         return
-    rows = [(one["kind"], *map(_flat, (one["prompt"], one["before"], one["after"]))) for one in changed]
+    rows = [_answers(one) for one in changed]
     common.table(f"{record.id}: {_line(record)}", ("", "prompt", "before", "after"), rows)
 
 
@@ -307,7 +310,7 @@ def check(
     loaded, tokenizer = common.open_model(model, seed=seed, device=device, dtype=dtype, quantize=quantize, **origin)
     store.require_base(base_of(loaded))
     checks = Session(loaded, tokenizer, store=store, gate=gate).check()
-    rows = [(a["kind"], *map(_flat, (a["prompt"], a["before"], a["after"])), _holds(a)) for a in checks.to_json()["asked"]]
+    rows = [(*_answers(a), _holds(a)) for a in checks.to_json()["asked"]]
     if json_output:
         common.emit(True, checks.to_json(), "")
     else:
