@@ -229,6 +229,25 @@ def test_padding_comes_out_zero_and_each_example_is_as_alone(case):
             assert_close(update[i].dense(), single.updates[name][0].dense(), rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_takes_products_in_the_precision_of_the_base_and_edits_in_float32(dtype):
+    model = copy.deepcopy(cases.tiny("llama")).to(dtype)
+    editor, seen = make(model, perturbed=True)
+    exact, gradient = [{name: rows.to(torch.float64) for name, rows in one.items()} for one in seen], seen[0]
+    expected = oracles.mend(editor, exact, {name: rows[0] for name, rows in exact[0].items()})
+    editor.float()
+    with torch.no_grad():
+        made = editor.transform(gradient)
+    trained = editor.transform(gradient)
+    (slope,) = torch.autograd.grad(sum(t.square().sum() for t in trained.tensors()), [next(editor.parameters())])
+    assert slope.dtype == torch.float32
+    for name, change in expected.items():
+        one, other = (edits.updates[name][0].dense() for edits in (made, trained))
+        assert_close(one, change.float(), rtol=1e-4, atol=1e-5 * change.abs().max().item())
+        assert torch.equal(other, one) == (dtype == torch.float32)
+        assert_close(other, one, rtol=0.02, atol=0.02 * one.abs().max().item())
+
+
 def test_networks_are_shared_by_shape_and_rates_are_per_layer():
     model = cases.tiny("gpt2")
     shared, single = Mend(default_layers(model)), Mend(default_layers(model), MendConfig(shared=False))

@@ -80,6 +80,7 @@ def test_operations_are_those_of_the_formula() -> None:
     assert found.flops == pytest.approx(2 * products, rel=0.1)  # attention's own products are not in the formula
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_makes_passes_of_fewer_texts_not_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     import mendlm.training as training
 

@@ -13,7 +13,9 @@ starts at zero, so the network starts as the identity.
 Knows rows and layers; knows no data and no training.
 
 In training, a layer's networks run again in the backward pass, so that only their input is kept: what they hold on the way is
-some ten times that, and their work a small part of a step's.
+some ten times that, and their work a small part of a step's. Where the base runs in less than float32, training takes the
+networks' matrix products in bfloat16; their weights, what is around the products, and the edits that are made later, stay in
+float32.
 
 Legend: `z` (*batch, rows, width), of one layer; `width` = d_in + d_out.
 """
@@ -128,10 +130,13 @@ class EditorNet(nn.Module):
             if init == "xavier":
                 nn.init.xavier_uniform_(self.U[block])
 
-    def forward(self, z: Float[Tensor, "*batch width"], layer: int) -> Float[Tensor, "*batch width"]:
-        """`g(z)`, with the scale and shift of the layer."""
+    def forward(
+        self, z: Float[Tensor, "*batch width"], layer: int, precision: torch.dtype | None = None
+    ) -> Float[Tensor, "*batch width"]:
+        """`g(z)`, with the scale and shift of the layer; its matrix products are taken in `precision`, by default z's."""
         for block in range(2):
-            inner = z @ self.V[block].mT @ self.U[block].mT
+            V, U = (factor[block].mT.to(precision or z.dtype) for factor in (self.V, self.U))
+            inner = (z.to(V) @ V @ U).to(z)
             if block == 0:
                 inner = inner + self.b
             # clamp, not relu: every pre-activation starts at exactly 0, where relu's gradient is 0 and clamp's is 1.
@@ -222,17 +227,19 @@ class RowEditor(Learned):
 
     def _changed(self, spec: LayerSpec, rows: LowRank, rate: Tensor) -> LowRank:
         (key, number), (first, last) = self._place[spec.name], self._seen(spec)
+        training = torch.is_grad_enabled()
+        precision = torch.bfloat16 if training and rows.u.dtype.itemsize < 4 else None
 
         def run(u: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
             raw, counts = self._rows(LowRank(u, delta))
             z = self.normalizers[key](raw) if self.config.normalize else raw
-            out = torch.cat([z[..., :first], self.nets[key](z[..., first:last], number), z[..., last:]], -1)
+            out = torch.cat([z[..., :first], self.nets[key](z[..., first:last], number, precision), z[..., last:]], -1)
             out = out * counts.unsqueeze(-1)
             return out[..., : spec.d_in], out[..., spec.d_in :]
 
         u, delta = (
             checkpoint(run, rows.u, rows.delta, use_reentrant=False, preserve_rng_state=False)
-            if torch.is_grad_enabled()
+            if training
             else run(rows.u, rows.delta)
         )
         return LowRank(u, -rate * delta).to(rows.u.device)
