@@ -5,6 +5,8 @@ Imports nothing heavy at the top, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
 import shlex
@@ -13,9 +15,9 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -164,23 +166,45 @@ def command_line(arguments: list[str]) -> str:
     return "mendlm " + shlex.join(short(argument) for argument in arguments[1:])
 
 
-def open_model(
-    source: str,
-    *,
-    seed: int,
-    device: str | None,
-    dtype: str,
-    quantize: str | None = None,
-    device_map: str | None = None,
-    revision: str | None = None,
-    from_wheel: Path | None = None,
-) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Origin:
+    """How a command's model is loaded: options that several commands have."""
+
+    device: Device = None
+    device_map: DeviceMap = None
+    dtype: Dtype = "auto"
+    quantize: Quantize = None
+    revision: Revision = None
+    from_wheel: FromWheel = None
+
+
+def loads_model(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of `Origin` on its command line, which it takes as its parameter `origin`."""
+    signature, kinds = inspect.signature(command, eval_str=True), get_type_hints(Origin, include_extras=True)
+    shared = {
+        field.name: inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name]
+        )
+        for field in fields(Origin)
+    }
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        command(origin=Origin(**{name: values.pop(name) for name in shared}), **values)
+
+    own = [parameter for name, parameter in signature.parameters.items() if name != "origin"]
+    parameters = [*own, *shared.values()]
+    setattr(run, "__signature__", signature.replace(parameters=parameters))  # noqa: B010
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def open_model(source: str, origin: Origin, *, seed: int) -> tuple[Any, Any]:
     """Load the model and tokenizer, and seed torch."""
     from mendlm.models import load
 
     seeded(seed)
-    options: dict[str, Any] = {"device": device, "device_map": device_map, "quantize": quantize, "from_wheel": from_wheel}
-    return load(source, revision=revision, dtype=dtype, report=note, **options)
+    return load(source, report=note, **asdict(origin))
 
 
 def seeded(seed: int) -> None:

@@ -15,6 +15,7 @@ from mendlm.cli import common
 from mendlm.errors import InputError
 
 
+@common.loads_model
 def compare(
     data: Annotated[str, typer.Option("--data", help="TASK:PATH of requests.")],
     methods: Annotated[str, typer.Option("--methods", help="Methods, with commas: mend,ft,ft-kl,ke,enn,...")],
@@ -35,12 +36,8 @@ def compare(
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
     from mendlm.checkpoint import parse_config, with_defaults
@@ -70,16 +67,7 @@ def compare(
     if max(counts) > len(requests.examples):
         raise InputError(f"{requests.name} has {len(requests.examples)} requests, fewer than {max(counts)} edits at once")
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
-    loaded, tokenizer = common.open_model(
-        model,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        device_map=device_map,
-        revision=revision,
-        from_wheel=from_wheel,
-    )
+    loaded, tokenizer = common.open_model(model, origin, seed=seed)
     base = base_of(loaded)
 
     def open_cell(name: str, count: int) -> tuple[Any, EvaluationConfig, dict[str, Any]]:

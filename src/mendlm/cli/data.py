@@ -59,6 +59,7 @@ def _shown(example: dict[str, Any]) -> list[str]:
 
 
 @app.command()
+@common.loads_model
 def wikitext(
     text: Annotated[Path, typer.Option("--text", help="A file of raw text, from which passages are taken.")],
     out: Annotated[Path, typer.Option("--out", help="The file to write, for the task 'wikitext'.")],
@@ -69,11 +70,8 @@ def wikitext(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     json_output: common.Json = False,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Make an edit set for the task 'wikitext': continuations sampled from a model, without those it gives anyway."""
     if out.is_dir() or (out.exists() and not force):
@@ -85,9 +83,7 @@ def wikitext(
     from mendlm.files import write_json
 
     texts = passages(text)
-    loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
-    )
+    loaded, tokenizer = common.open_model(model, origin, seed=seed)
     with common.progress("sampling") as show:
         made = sample(loaded, tokenizer, texts, count=count, tokens=tokens, seed=seed, batch_size=batch_size, callback=show)
     write_json(out, made.released())

@@ -30,9 +30,8 @@ def demo(
     """Edit one fact of the starter model, and show what changes, what stays, and that the edit comes off."""
     if (prompt is None) != (target is None):
         raise InputError("--prompt and --target go together; give both, or neither for the default fact")
-    model, tokenizer = common.open_model(
-        "starter", seed=seed, device=device, dtype=dtype, quantize=quantize, from_wheel=from_wheel
-    )
+    origin = common.Origin(device=device, dtype=dtype, quantize=quantize, from_wheel=from_wheel)
+    model, tokenizer = common.open_model("starter", origin, seed=seed)
 
     from mendlm.demo import PROMPT, TARGET, demonstrate
 
@@ -65,6 +64,7 @@ def _line(text: str) -> str:
     return " ".join(text.split())
 
 
+@common.loads_model
 def edit(
     out: Annotated[Path, typer.Option("--out", help="The edit's folder; with --data, the folder of one folder a record.")],
     model: common.Model = "starter",
@@ -86,12 +86,8 @@ def edit(
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Make an edit and save it as an adapter folder; or one folder a record of a file."""
     if (data is None) == (prompt is None and target is None) or (data is None and (prompt is None or target is None)):
@@ -114,16 +110,7 @@ def edit(
     if data is not None:
         loaded_data = load_edits(data, skip_bad=skip_bad)
         requests, skipped = list(loaded_data.examples), loaded_data.skipped
-    loaded, tokenizer = common.open_model(
-        model,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        device_map=device_map,
-        revision=revision,
-        from_wheel=from_wheel,
-    )
+    loaded, tokenizer = common.open_model(model, origin, seed=seed)
     chosen, about = common.open_method(method, values, editor, model, loaded, tokenizer, unrelated, force=force)
     opened = Editor(chosen, loaded, tokenizer, about)
     how: dict[str, Any] = {"chat": chat, "target_end": target_end}
@@ -169,6 +156,7 @@ def edit(
     common.emit(json_output, content, f"{text} ({skipped} malformed records skipped)" if skipped else text)
 
 
+@common.loads_model
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask.")],
     model: common.Model = "starter",
@@ -179,12 +167,8 @@ def generate(
     force: common.Force = False,
     json_output: common.Json = False,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Answer a prompt greedily, with edits applied as overlay."""
     from mendlm.apply import Edit
@@ -197,22 +181,14 @@ def generate(
             raise InputError("give --edit or --store, not both; `mendlm store DIR add` takes edit folders into a store")
         Store.open(store).close()
     opened = [Edit.load(folder) for folder in edits or ()]  # a bad one is said before the model is loaded
-    loaded, tokenizer = common.open_model(
-        model,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        device_map=device_map,
-        revision=revision,
-        from_wheel=from_wheel,
-    )
+    loaded, tokenizer = common.open_model(model, origin, seed=seed)
     session = Session(loaded, tokenizer, store=None if store is None else Store.open(store, base_of(loaded)))
     names = list(session.edits) or [session.add(one.to(device_of(loaded)), force=force) for one in opened]
     answer = session.answer(prompt, chat=chat, max_new_tokens=max_new_tokens)
     common.emit(json_output, {"prompt": prompt, "chat": chat, "edits": names, "answer": answer}, answer.strip())
 
 
+@common.loads_model
 def inspect(
     model: Annotated[str, typer.Argument(help="'starter', a Hugging Face folder, or a hub id.")],
     rank: Annotated[int, typer.Option("--rank", min=1, help="The editor's rank, for its size.")] = 256,
@@ -221,11 +197,8 @@ def inspect(
     data: Annotated[list[str] | None, typer.Option("--data", help="Requests whose trunk cache is planned, too.")] = None,
     json_output: common.Json = False,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """What can be edited in a model, the default choice, and what editing and training take."""
     if data and not plan:
@@ -233,11 +206,9 @@ def inspect(
     if plan:
         from mendlm.cli import planning
 
-        planning.show(model, rank, batch_size, data or [], json_output=json_output, revision=revision, from_wheel=from_wheel)
+        planning.show(model, origin, rank, batch_size, data or [], json_output=json_output)
         return
-    loaded, tokenizer = common.open_model(
-        model, seed=seed, device=device, dtype=dtype, quantize=quantize, revision=revision, from_wheel=from_wheel
-    )
+    loaded, tokenizer = common.open_model(model, origin, seed=seed)
 
     from mendlm.errors import LayerError
     from mendlm.layers import block_stacks, default_layers, editable, size

@@ -63,12 +63,12 @@ def export(
     edits = [one.to(where) for folder in folders for one in _edits(folder, ids)]
     if dtype is not None and to != "merged":
         edits = [one.to(as_dtype(dtype, where)) for one in edits]
-    origin: dict[str, Any] = {"revision": revision, "from_wheel": from_wheel}
+    where_from: dict[str, Any] = {"revision": revision, "from_wheel": from_wheel}
     if to == "peft":
         _peft(edits, out, engine, force=force, as_json=json_output)
     elif to == "gguf-lora":
         assert model is not None
-        base = skeleton(model, report=common.note, **origin)
+        base = skeleton(model, report=common.note, **where_from)
 
         from mendlm.export import export_gguf_lora
 
@@ -81,8 +81,9 @@ def export(
         )
     else:
         assert model is not None
-        kept = dtype or stored_dtype(model, **origin)
-        opened = common.open_model(model, seed=seed, device=device, dtype=kept, quantize=quantize, **origin)
+        kept = dtype or stored_dtype(model, **where_from)
+        origin = common.Origin(device=device, dtype=kept, quantize=quantize, **where_from)
+        opened = common.open_model(model, origin, seed=seed)
 
         from mendlm.export import export_merged
 

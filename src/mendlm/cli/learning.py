@@ -19,7 +19,7 @@ Locality = Annotated[
 ]
 Trained = Annotated[str, typer.Option("--method", help="mend, malmen, ke or enn.")]
 Valid = Annotated[str | None, typer.Option("--valid", help="TASK:PATH of requests to validate on.")]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML with [editor] and [training] settings.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML with settings, in its tables editor and training.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value over the file; may repeat.")]
 OwnSeed = Annotated[int | None, typer.Option("--seed", help="Over the configuration's seed.")]
 TrunkCache = Annotated[
@@ -35,6 +35,7 @@ BYTES_A_PARAMETER = 16
 """A parameter, its gradient and Adam's two moments, in float32."""
 
 
+@common.loads_model
 def train(
     data: Data,
     out: Annotated[Path, typer.Option("--out", help="The run folder.")],
@@ -55,12 +56,8 @@ def train(
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
     seed: OwnSeed = None,
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Meta-train an editor for a model. Ctrl-C saves a checkpoint; --resume goes on."""
     editor_values, values = common.read_settings(config, settings or [])
@@ -81,18 +78,9 @@ def train(
     if not resume:
         refuse_existing(out, force=False)
     requests, unrelated, held_out = texts(data, locality, valid, skip_bad=skip_bad)
-    loaded, tokenizer = common.open_model(
-        model,
-        seed=train_config.seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        device_map=device_map,
-        revision=revision,
-        from_wheel=from_wheel,
-    )
+    loaded, tokenizer = common.open_model(model, origin, seed=train_config.seed)
     if start is not None:
-        learned, origin = load_method(start, loaded)
+        learned, source = load_method(start, loaded)
         if learned.name != method:
             raise InputError(f"--from {start} is an editor of the method '{learned.name}'; give --method {learned.name}")
     else:
@@ -100,13 +88,13 @@ def train(
         if editor_memory is not None:
             editor_config = replace(editor_config, rank=rank_for(editor_memory, kind, specs, editor_config))
             common.note(f"an editor of rank {editor_config.rank} trains in {editor_memory:g} GB")
-        learned, origin = kind.for_model(loaded, specs, editor_config), {}
+        learned, source = kind.for_model(loaded, specs, editor_config), {}
     count = sum(parameter.numel() for parameter in learned.parameters())
     common.note(
         f"{len(requests.examples)} requests; editing {len(learned.specs)} layers with an editor of {count:,} parameters"
     )
 
-    about = {"from": {"source": origin["source"], "sha256": origin["sha256"]}} if origin else None
+    about = {"from": {"source": source["source"], "sha256": source["sha256"]}} if source else None
     run, stopped = train_with_progress(
         learned,
         loaded,
@@ -229,6 +217,7 @@ def train_with_progress(
     return run, bool(stopping)
 
 
+@common.loads_model
 def evaluate(
     data: Annotated[str, typer.Option("--data", help=f"TASK:PATH of requests ({common.REQUESTS}).")],
     out: Annotated[Path, typer.Option("--out", help="Folder for results.jsonl and summary.json.")],
@@ -246,12 +235,8 @@ def evaluate(
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Edit and score every request; writes results.jsonl (a row an edit) and summary.json."""
     values = common.plain_settings(settings)
@@ -271,16 +256,7 @@ def evaluate(
     refuse_existing(out, force=force)
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
-    loaded, tokenizer = common.open_model(
-        model,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        device_map=device_map,
-        revision=revision,
-        from_wheel=from_wheel,
-    )
+    loaded, tokenizer = common.open_model(model, origin, seed=seed)
     others = {name: value for name, value in values.items() if name not in own}
     chosen, _ = common.open_method(
         method, others, editor, model, loaded, tokenizer, unrelated, scored=len(requests.examples), force=force

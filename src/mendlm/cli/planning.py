@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mendlm.cli import common
@@ -10,9 +9,7 @@ from mendlm.cli import common
 GB = 1e9
 
 
-def show(
-    model: str, rank: int, batch_size: int, data: list[str], *, json_output: bool, revision: str | None, from_wheel: Path | None
-) -> None:
+def show(model: str, origin: common.Origin, rank: int, batch_size: int, data: list[str], *, json_output: bool) -> None:
     """Print the plan of training on a model, of which nothing but the configuration is read."""
     from mendlm.layers import block_stacks, choose
     from mendlm.models import skeleton, tokenizer_of
@@ -22,7 +19,8 @@ def show(
     from mendlm.text import Formatter
     from mendlm.training import states_bytes
 
-    fake = skeleton(model, revision=revision, from_wheel=from_wheel, report=common.note)
+    where: dict[str, Any] = {"revision": origin.revision, "from_wheel": origin.from_wheel}
+    fake = skeleton(model, report=common.note, **where)
     found = plans(fake, rank=rank, batch_size=batch_size)
     content: dict[str, Any] = {
         "model": type(fake).__name__,
@@ -34,7 +32,7 @@ def show(
     }
     if data:
         sources = [load_edits(source) for source in data]
-        formatter = Formatter.of(fake, tokenizer_of(model, revision=revision, from_wheel=from_wheel))
+        formatter = Formatter.of(fake, tokenizer_of(model, **where))
         held = len(Trunk.where_possible(fake, choose(fake, ())).groups)
         content["trunk_cache_bytes"] = states_bytes(fake, formatter, sources) if held == 1 else None
     if json_output:

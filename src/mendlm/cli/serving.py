@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +19,7 @@ token = typer.Typer(help="Who may use a service: the tokens of a file, of which 
 TokenFile = Annotated[Path, typer.Argument(metavar="FILE", help="The file of tokens.")]
 
 
+@common.loads_model
 def serve(
     store: Annotated[Path, typer.Option("--store", help="The store that keeps the edits; made if there is none.")],
     model: common.Model = "starter",
@@ -59,12 +61,8 @@ def serve(
         bool, typer.Option("--access-log/--no-access-log", help="A line a request on standard error.")
     ] = True,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Serve a model that can be corrected while it runs, to OpenAI's clients and to a page in the browser.
 
@@ -72,7 +70,7 @@ def serve(
     """
     for package in ("fastapi", "uvicorn"):
         require(package, "serve")
-    if device_map == "shards":
+    if origin.device_map == "shards":
         raise InputError("one process serves a model; leave --device-map shards out, or take auto")
     wanted = common.editor_of(editor, model)
 
@@ -99,16 +97,8 @@ def serve(
             edit_tokens=edit_tokens,
             seconds=seconds,
         )
-        options: dict[str, Any] = {
-            "device": device,
-            "device_map": device_map,
-            "dtype": dtype,
-            "quantize": quantize,
-            "revision": revision,
-            "from_wheel": from_wheel,
-        }
         common.seeded(seed)
-        session = Session.open(model, editor=wanted, store=store, gate=gate, rank=rank, report=common.note, **options)
+        session = Session.open(model, editor=wanted, store=store, gate=gate, rank=rank, report=common.note, **asdict(origin))
         worker = Worker(session, limits)
         served = name or str(base_of(session.model)["name"])
         app = create_app(worker, tokens=known, name=served, rules=Rules(body=body, requests=requests))

@@ -53,6 +53,7 @@ def _line(record: Record) -> str:
 
 
 @app.command()
+@common.loads_model
 def add(
     context: typer.Context,
     folders: Annotated[
@@ -87,11 +88,8 @@ def add(
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Make edits, check them, and keep them; or take edit folders in. All or none.
 
@@ -117,15 +115,8 @@ def add(
         examples = list(load_edits(data, skip_bad=skip_bad).examples) if data else []
         if prompt is not None and target is not None:
             examples = [request(prompt, target, rephrasings or (), unrelated or ())]
-        options: dict[str, Any] = {
-            "device": device,
-            "dtype": dtype,
-            "quantize": quantize,
-            "revision": revision,
-            "from_wheel": from_wheel,
-        }
         common.seeded(seed)
-        session = Session.open(model, editor=editor, store=context.obj, guards=guard, report=common.note, **options)
+        session = Session.open(model, editor=editor, store=context.obj, guards=guard, report=common.note, **asdict(origin))
         made = session.edit_many(examples, scale=scale, chat=chat, on_base=on_base, on_fail=on_fail, **by)
         store, records = session.store, [session.store.record(one.id) for one in made]
         for one in made:
@@ -288,17 +279,15 @@ def log(context: typer.Context, json_output: common.Json = False) -> None:
 
 
 @app.command()
+@common.loads_model
 def check(
     context: typer.Context,
     guard: Annotated[Path | None, typer.Option("--guard", help="JSON Lines of prompts, and answers, to be asked too.")] = None,
     model: common.Model = "starter",
     json_output: common.Json = False,
     seed: common.Seed = 0,
-    device: common.Device = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Ask again all that the active edits promised, and guards: on the base model and under them. Exit code 1 if one fails."""
     from mendlm.gate import Gate, load_guards
@@ -306,8 +295,7 @@ def check(
     from mendlm.session import Session
 
     store, gate = _open(context), Gate(guards=() if guard is None else load_guards(guard))
-    origin: dict[str, Any] = {"revision": revision, "from_wheel": from_wheel}
-    loaded, tokenizer = common.open_model(model, seed=seed, device=device, dtype=dtype, quantize=quantize, **origin)
+    loaded, tokenizer = common.open_model(model, origin, seed=seed)
     store.require_base(base_of(loaded))
     checks = Session(loaded, tokenizer, store=store, gate=gate).check()
     rows = [(*_answers(a), _holds(a)) for a in checks.to_json()["asked"]]

@@ -15,6 +15,7 @@ from mendlm.cli import common, learning
 from mendlm.errors import InputError
 
 
+@common.loads_model
 def sweep(
     key: Annotated[str, typer.Argument(metavar="KEY", help="'blocks', or a setting: locality_weight, editor.rank, ...")],
     points: Annotated[list[str], typer.Argument(metavar="VALUE...", help="Its values; for blocks ranges, as 13-15.")],
@@ -34,12 +35,8 @@ def sweep(
     skip_bad: common.SkipBad = False,
     json_output: common.Json = False,
     seed: learning.OwnSeed = None,
-    device: common.Device = None,
-    device_map: common.DeviceMap = None,
-    dtype: common.Dtype = "auto",
-    quantize: common.Quantize = None,
-    revision: common.Revision = None,
-    from_wheel: common.FromWheel = None,
+    *,
+    origin: common.Origin,
 ) -> None:
     """Train short runs that differ in one setting, and draw what it does. Interrupted, it goes on where it stopped.
 
@@ -68,16 +65,7 @@ def sweep(
             training = replace(training, steps=-(-count // training.batch_size))
         plans[point] = parse_config(config_type, editor_values), training
     requests, unrelated, held_out = learning.texts(data, locality, valid, skip_bad=skip_bad)
-    loaded, tokenizer = common.open_model(
-        model,
-        seed=seed or 0,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        device_map=device_map,
-        revision=revision,
-        from_wheel=from_wheel,
-    )
+    loaded, tokenizer = common.open_model(model, origin, seed=seed or 0)
     if blocks:
         layers = {point: tuple(spec.name for spec in default_layers(loaded, wanted)) for point, wanted in blocks.items()}
         plans = {point: (replace(editor, layers=layers[point]), training) for point, (editor, training) in plans.items()}
