@@ -273,8 +273,19 @@ def sizes_picture(found: dict[str, Any]) -> Any:
     right.set(title="memory", ylabel="MB")
     for side in (left, right):
         side.set(xlabel="weights of the base in bf16, MB", xscale="log", yscale="log")
+        in_round_numbers(side)
         side.legend(fontsize=8)
     return figure
+
+
+def in_round_numbers(side: Any) -> None:
+    """Label logarithmic axes at 1, 2 and 5 of every power of ten, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for axis in (side.xaxis, side.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_locator(NullLocator())
 
 
 def batches_picture(found: dict[str, Any]) -> Any:
@@ -286,12 +297,14 @@ def batches_picture(found: dict[str, Any]) -> Any:
         rates = found["batches"][key]
         left.plot([int(size) for size in rates], list(rates.values()), "o-", label=label)
     left.set(title="edits per second", xlabel="requests a batch", xscale="log", yscale="log")
+    in_round_numbers(left)
     left.legend(fontsize=8)
     seconds = {int(count): value for count, value in found["batches"]["seconds_for_edits"].items()}
     least, most = min(seconds), max(seconds)
     right.plot(list(seconds), list(seconds.values()), "o-", label="measured")
     right.plot([least, most], [seconds[least], seconds[least] * most / least], ":", color="0.6", label="in proportion")
     right.set(title="seconds as edits grow tenfold", xlabel="edits", xscale="log", yscale="log")
+    in_round_numbers(right)
     right.legend(fontsize=8)
     return figure
 
