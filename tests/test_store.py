@@ -563,6 +563,31 @@ def test_a_store_that_cannot_be_locked_is_said(store: Store, monkeypatch: pytest
         Store.open(store.place)
 
 
+def test_a_store_that_may_not_be_written_can_be_read(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = store.place
+    assert place is not None
+    record = store.add(addition())
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == place and mode == os.W_OK))
+    with pytest.raises(StorageError, match="read it where it can be written"):
+        Store.open(place)  # its writer has not let go of it
+    store.close()
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    reader = Store.open(place, BASE)
+    assert [one.id for one in reader.active()] == [record.id]
+    assert reader.content(record.id) == b"rows"
+    assert reader.verify().problems == ()
+    reader.export_to(tmp_path / "copy.zip")
+    for change in (lambda: reader.add(addition(b"more")), reader.undo):
+        with pytest.raises(StorageError, match="cannot write"):
+            change()
+    reader.close()
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    with pytest.raises(FormatError, match="another base model"):
+        Store.open(place, {**BASE, "sha256": "0" * 64})
+    with pytest.raises(InputError, match="is no store"):
+        Store.open(tmp_path / "none")
+
+
 def test_a_store_that_another_process_is_making_is_no_folder_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "journal.sqlite-wal").write_bytes(b"")  # seen after the database was looked for
     assert Store.open(tmp_path, BASE).records() == []

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import sqlite3
 import zipfile
@@ -119,10 +120,13 @@ class Store:
             base: the model that it is for: `name`, `sha256`, ...
 
         Raises `FormatError` for a store of another base, a damaged one, and one of a later version of mendlm; `InputError`
-        for a folder that is none, without a base; `StorageError` where it cannot be written.
+        for a folder that is none, without a base; `StorageError` where it cannot be written. A store in a folder that this
+        process may not write can be read; what would change it is a `StorageError`.
         """
         place = Path(place)
         _require_place(place, base)
+        if (place / DATABASE).exists() and not os.access(place, os.W_OK):
+            return cls._opened(_readable(place), place, base)
         with folder(place), _naming(place):
             with storing(place), filelock.FileLock(place / LOCK, timeout=WAIT):  # two may make it at once
                 connection = _connected(place / DATABASE)
@@ -133,13 +137,17 @@ class Store:
                 except BaseException:
                     connection.close()
                     raise
-            try:
-                store = cls(connection, place)
-                if base is not None:
-                    store.require_base(base)
-            except BaseException:
-                connection.close()
-                raise
+            return cls._opened(connection, place, base)
+
+    @classmethod
+    def _opened(cls, connection: sqlite3.Connection, place: Path, base: Mapping[str, Any] | None) -> Store:
+        try:
+            store = cls(connection, place)
+            if base is not None:
+                store.require_base(base)
+        except BaseException:
+            connection.close()
+            raise
         return store
 
     @classmethod
@@ -561,6 +569,34 @@ def _connected(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _readable(place: Path) -> sqlite3.Connection:
+    """A connection to a store that may not be written. SQLite would need to write for a journal that is not yet taken in."""
+    unfinished = place / f"{DATABASE}-wal"
+    if unfinished.exists() and unfinished.stat().st_size:
+        raise StorageError(
+            f"the store {place} is in use, or a writer of it was interrupted, and this process may not write there; "
+            f"read it where it can be written once, as `mendlm store {place} list` does, or give permission to write"
+        )
+    with _naming(place):
+        connection = sqlite3.connect(
+            f"{(place / DATABASE).absolute().as_uri()}?mode=ro&immutable=1",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version != len(MIGRATIONS):
+                raise FormatError(
+                    f"the store {place} is of version {version}, this mendlm reads {len(MIGRATIONS)}, and nothing may be "
+                    "written there; copy it to where it can be, or use that version of mendlm"
+                )
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
 
 def _migrate(connection: sqlite3.Connection, base: Mapping[str, Any] | None, place: Path | None) -> None:
