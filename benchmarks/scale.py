@@ -83,9 +83,8 @@ def main() -> None:
     parser.add_argument("--out", type=bench.Path, default=bench.Path(__file__).parent / "results")
     arguments = parser.parse_args()
     if arguments.shape == "all":  # each in a process of its own, so that one that does not fit costs no other
-        rest = [word for word in sys.argv[1:] if word not in ("--shape", "all")]
         for shape in LARGE:
-            subprocess.run([sys.executable, __file__, "--shape", shape, *rest], check=False)
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--shape", shape], check=False)  # the last one holds
         return
     device, base = torch.device(arguments.device), arguments.quantize or "bf16"
     planned = plans(fake_model(SHAPES[arguments.shape]()), rank=arguments.rank, batch_size=arguments.batch)[base]

@@ -767,3 +767,15 @@ def test_ctrl_c_saves_a_run_that_goes_on(place: Path, tmp_path: Path) -> None:
     assert "--resume" in said
     step = len((out / "metrics.jsonl").read_text().splitlines())
     assert read_tensors(out / "checkpoint.safetensors")[1]["state"].startswith(f'{{"step": {step},')
+
+
+def test_a_device_that_is_too_small_is_one_message(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("mendlm.evaluation.evaluate", full)
+    said = run("eval", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / "out", fails=True)
+    assert "Tried to allocate 2.00 GiB. The device is too small for this: a smaller batch_size" in said
+    monkeypatch.setattr("mendlm.evaluation.evaluate", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(["eval", *ON, "--data", "records:facts.jsonl", "--out", str(tmp_path / "out")])

@@ -18,8 +18,8 @@ from mendlm import plan as planning
 from mendlm.cli import main
 from mendlm.layers import default_layers
 from mendlm.methods.mend import Mend, MendConfig
-from mendlm.models import fake_model, skeleton
-from mendlm.plan import Lengths, Storages, base_bytes, formatter_of, plans, step, texts
+from mendlm.models import fake_model, skeleton, weight_bytes
+from mendlm.plan import Lengths, Storages, formatter_of, plans, step, texts
 from mendlm.tasks import load_edits
 from mendlm.text import Formatter
 from mendlm.training import TrainConfig, states_bytes
@@ -98,9 +98,9 @@ def test_bytes_of_a_quantised_base() -> None:
     model = fake_model(tiny("llama").config)
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     rest = sum(p.numel() for p in model.parameters()) - blocks
-    assert base_bytes(model, "bf16") == 2 * (blocks + rest)
-    assert base_bytes(model, "int8") == blocks + 2 * rest
-    assert base_bytes(model, "nf4") == int(0.5625 * blocks) + 2 * rest
+    assert weight_bytes(model) == 2 * (blocks + rest)
+    assert weight_bytes(model, "int8") == blocks + 2 * rest
+    assert weight_bytes(model, "nf4") == int(0.5625 * blocks) + 2 * rest
 
 
 @pytest.fixture
@@ -159,4 +159,4 @@ def test_what_an_architecture_never_quantises_is_planned_dense() -> None:
     weights = {name: weight.numel() for name, weight in model.named_parameters() if weight.dim() == 2 and ".block." in name}
     kept = sum(count for name, count in weights.items() if name.endswith(".wo.weight"))
     assert kept
-    assert base_bytes(model, "bf16") - base_bytes(model, "int8") == sum(weights.values()) - kept
+    assert weight_bytes(model) - weight_bytes(model, "int8") == sum(weights.values()) - kept
