@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,20 @@ def test_the_command_plans_without_weights(place: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["inspect", "model", "--plan", "--rank", "4"])
     assert "memory of training, computed" in capsys.readouterr().out
+
+
+def test_the_command_plans_the_trunk_cache_that_training_fills(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(model: str, dtype: str) -> Any:
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", model, "--plan", "--rank", "4", "--data", "records:facts.jsonl", "--dtype", dtype, "--json"])
+        assert not stop.value.code
+        return json.loads(capsys.readouterr().out)["trunk_cache_bytes"]
+
+    expected = states_bytes(tiny("llama"), Formatter.of(tiny("llama"), byte_tokenizer()), [load_edits("records:facts.jsonl")])
+    assert planned("model", "float32") == expected == 2 * planned("model", "bfloat16")
+    tiny("t5").save_pretrained(place / "t5")  # whose blocks pass on more than hidden states
+    byte_tokenizer().save_pretrained(place / "t5")
+    assert planned("t5", "float32") is None
 
 
 def test_the_disk_that_a_trunk_cache_takes_is_each_text_once(place: Path) -> None:

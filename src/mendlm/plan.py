@@ -180,6 +180,14 @@ def plans(
     }
 
 
+def can_be_kept(model: Any, trunk: Trunk) -> bool:
+    """Whether a trunk cache can keep what the trunk of a skeleton gives: of one stack of blocks, hidden states alone."""
+    formatter = formatter_of(model)
+    with fake_mode(model):
+        tape = trunk.run(model, formatter.batch([texts(1, Lengths(), formatter.family)[0].edit]).inputs)
+    return len(tape) == 1 and isinstance(tape[0], Tensor)
+
+
 def fake_mode(model: nn.Module) -> FakeTensorMode:
     """The mode that a skeleton's weights were made in; a new one for a model of real weights, which are then faked."""
     weight = next(model.parameters())

@@ -479,14 +479,21 @@ def require_tracker(name: str) -> None:
         raise InputError(f"the package of the tracker '{name}' is not installed; install it, or leave the tracker out")
 
 
-def states_bytes(model: Any, formatter: Formatter, sources: Iterable[Dataset], most: int | None = None) -> int:
+def states_bytes(
+    model: Any,
+    formatter: Formatter,
+    sources: Iterable[Dataset],
+    most: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Bytes that a trunk cache of all texts of these data sets takes, each text once, as a raw prompt with its answer.
 
-    Where no more than `most` of them are ever read, that share of it.
+    Where no more than `most` of them are ever read, that share of it. `dtype` is that of the states, by default the model's.
     """
     lengths = {hash((text.prompt, text.target)): len(text) for source in sources for text in _every(formatter, source)}
     width: int = model.get_input_embeddings().embedding_dim
-    size: int = next(model.parameters()).element_size()
+    size: int = (dtype or next(model.parameters()).dtype).itemsize
     share = 1.0 if most is None else min(1.0, most / max(1, len(lengths)))
     return math.ceil(share * sum(lengths.values()) * width * size)
 

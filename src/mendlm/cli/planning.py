@@ -12,8 +12,8 @@ GB = 1e9
 def show(model: str, origin: common.Origin, rank: int, batch_size: int, data: list[str], *, json_output: bool) -> None:
     """Print the plan of training on a model, of which nothing but the configuration is read."""
     from mendlm.layers import block_stacks, choose
-    from mendlm.models import skeleton, tokenizer_of
-    from mendlm.plan import CARDS, plans
+    from mendlm.models import as_device, as_dtype, skeleton, tokenizer_of
+    from mendlm.plan import CARDS, can_be_kept, plans
     from mendlm.replay import Trunk
     from mendlm.tasks import load_edits
     from mendlm.text import Formatter
@@ -33,8 +33,10 @@ def show(model: str, origin: common.Origin, rank: int, batch_size: int, data: li
     if data:
         sources = [load_edits(source) for source in data]
         formatter = Formatter.of(fake, tokenizer_of(model, **where))
-        held = len(Trunk.where_possible(fake, choose(fake, ())).groups)
-        content["trunk_cache_bytes"] = states_bytes(fake, formatter, sources) if held == 1 else None
+        dtype = as_dtype(origin.dtype, as_device(origin.device))
+        content["trunk_cache_dtype"] = str(dtype).removeprefix("torch.")
+        kept = can_be_kept(fake, Trunk.where_possible(fake, choose(fake, ())))
+        content["trunk_cache_bytes"] = states_bytes(fake, formatter, sources, dtype=dtype) if kept else None
     if json_output:
         common.emit(True, content, "")
         return
@@ -60,6 +62,8 @@ def show(model: str, origin: common.Origin, rank: int, batch_size: int, data: li
     if data:
         size = content["trunk_cache_bytes"]
         text += "\ntrunk cache of these requests: " + (
-            f"{size / GB:.2f} GB, each text once" if size is not None else "not possible for this model"
+            f"{size / GB:.2f} GB in {content['trunk_cache_dtype']}, each text once"
+            if size is not None
+            else "not possible for this model"
         )
     common.emit(False, {}, text)
