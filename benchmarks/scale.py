@@ -171,7 +171,7 @@ def nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     made = bitsandbytes.nn.Linear4bit(
         layer.in_features, layer.out_features, bias=has_bias, compute_dtype=torch.bfloat16, device="meta", **form
     )
-    made.weight = bitsandbytes.nn.Params4bit(filled(layer.weight, device).cpu(), requires_grad=False, **form)
+    made.weight = bitsandbytes.nn.Params4bit(filled(layer.weight, device), requires_grad=False, **form)
     if has_bias:
         made.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=torch.bfloat16), requires_grad=False)
     return made.to(device)

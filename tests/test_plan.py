@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import byte_tokenizer, tiny
+from cases import byte_tokenizer, other, tiny
 from mendlm import plan as planning
 from mendlm.cli import main
-from mendlm.layers import default_layers
+from mendlm.layers import default_layers, select
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import fake_model, skeleton, weight_bytes
 from mendlm.plan import Lengths, Storages, formatter_of, plans, step, texts
@@ -125,7 +125,23 @@ def test_the_command_plans_without_weights(place: Path, capsys: pytest.CaptureFi
     assert content["plans"]["bf16"]["fits_gb"] == [16, 24, 48, 80]
     with pytest.raises(SystemExit):
         main(["inspect", "model", "--plan", "--rank", "4"])
-    assert "memory of training, computed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "memory of training, computed" in shown
+    assert "64 requests a step\nprompts of 14 tokens, rephrasings of 26, unrelated texts of 24; longer ones" in shown
+
+
+def test_layers_are_chosen_where_no_default_is_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other().save_pretrained(place / "other")
+    with pytest.raises(SystemExit):
+        main(["inspect", "other", "--plan", "--rank", "4"])
+    assert "choose layers by pattern" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "other", "--plan", "--rank", "4", "--layers", "layers.3.mlp.down_proj", "--json"])
+    assert not stop.value.code
+    found = json.loads(capsys.readouterr().out)["plans"]["bf16"]["editor"]
+    specs = select(skeleton(place / "other"), ["layers.3.mlp.down_proj"])
+    method = Mend(specs, MendConfig(rank=4))
+    assert found == sum(tensor.nbytes for tensor in (*method.parameters(), *method.buffers()))
 
 
 def test_the_command_plans_the_trunk_cache_that_training_fills(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
