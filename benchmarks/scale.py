@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import statistics
 import subprocess
 import sys
@@ -24,12 +25,14 @@ import transformers
 from torch import nn
 
 import bench
+import mendlm
 from mendlm import memory
 from mendlm.layers import block_stacks, default_layers
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import fake_model
 from mendlm.plan import Lengths, Plan, formatter_of, plans, step, texts
-from mendlm.training import TrainConfig
+from mendlm.text import Formatter
+from mendlm.training import Drawn, TrainConfig, draw
 
 EDITS = 100_000
 
@@ -155,6 +158,18 @@ def build(config: transformers.PretrainedConfig, device: torch.device, quantize:
             module.to(device)
     model.tie_weights()
     return model.requires_grad_(False).eval()
+
+
+def asked(arguments: argparse.Namespace, config: TrainConfig) -> tuple[Any, Formatter, list[Drawn]]:
+    """What a script measures: of `--shape` a model of random weights and texts of `Lengths`, else a model and requests."""
+    if arguments.shape:
+        model = build(SHAPES[arguments.shape](), torch.device(arguments.device or "cpu"), None)
+        formatter = formatter_of(model)
+        return model, formatter, texts(arguments.batch, Lengths(), formatter.family)
+    model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    formatter, rng = Formatter.of(model, tokenizer), random.Random(0)
+    requests = bench.requests(arguments.data_dir, arguments.batch)
+    return model, formatter, [draw(request, (), formatter, config, rng) for request in requests]
 
 
 def filled(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
