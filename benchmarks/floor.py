@@ -11,7 +11,6 @@ weights and texts of the lengths of `mendlm.plan.Lengths`, as in `scale.py`.
 
 from __future__ import annotations
 
-import random
 import tempfile
 from typing import Any
 
@@ -19,13 +18,10 @@ import torch
 from torch.nn import functional as F
 
 import bench
-import mendlm
 import scale
 from mendlm.layers import block_of, block_stacks
-from mendlm.plan import Lengths, formatter_of, texts
 from mendlm.replay import Trunk
-from mendlm.text import Formatter
-from mendlm.training import Drawn, TrainConfig, draw, outer_loss
+from mendlm.training import Drawn, TrainConfig, outer_loss
 from mendlm.trunk_cache import TrunkCache
 
 CONFIG = TrainConfig(edit_weight=1.0, own_locality=1.0)
@@ -38,14 +34,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--shape", choices=scale.SHAPES, help="a decoder of random weights instead of a model")
     arguments = parser.parse_args()
-    if arguments.shape:
-        model = scale.build(scale.SHAPES[arguments.shape](), torch.device(arguments.device or "cpu"), None)
-        formatter = formatter_of(model)
-        drawn = texts(arguments.batch, Lengths(), formatter.family)
-    else:
-        model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
-        formatter, rng = Formatter.of(model, tokenizer), random.Random(0)
-        drawn = [draw(e, (), formatter, CONFIG, rng) for e in bench.requests(arguments.data_dir, arguments.batch)]
+    model, formatter, drawn = scale.asked(arguments, CONFIG)
     shipped = arguments.model == "starter" and not arguments.shape
     method, specs = bench.editor_for(model, bench.SHIPPED if shipped else None)
     trunk = Trunk.below(model, specs)
@@ -122,7 +111,8 @@ def products(model: Any, method: Any) -> dict[str, tuple[Any, float]]:
     weight, width = spec.weight(model.get_submodule(spec.name)).detach(), sum(spec.shape)
     x = torch.randn(ROWS, spec.d_in, dtype=model.dtype, device=model.device)
     states = torch.randn(ROWS, head.shape[1], dtype=model.dtype, device=model.device)
-    z, v = torch.randn(ROWS, width, device=model.device), torch.randn(method.config.rank, width, device=model.device)
+    editor = torch.bfloat16 if model.dtype.itemsize < 4 else torch.float32  # as the networks take their products in training
+    z, v = (torch.randn(rows, width, dtype=editor, device=model.device) for rows in (ROWS, method.config.rank))
 
     def times(inputs: torch.Tensor, matrix: torch.Tensor, often: int) -> tuple[Any, float]:
         def action() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import statistics
 import subprocess
 import sys
@@ -24,12 +25,14 @@ import transformers
 from torch import nn
 
 import bench
+import mendlm
 from mendlm import memory
 from mendlm.layers import block_stacks, default_layers
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import fake_model
 from mendlm.plan import Lengths, Plan, formatter_of, plans, step, texts
-from mendlm.training import TrainConfig
+from mendlm.text import Formatter
+from mendlm.training import Drawn, TrainConfig, draw
 
 EDITS = 100_000
 
@@ -83,9 +86,8 @@ def main() -> None:
     parser.add_argument("--out", type=bench.Path, default=bench.Path(__file__).parent / "results")
     arguments = parser.parse_args()
     if arguments.shape == "all":  # each in a process of its own, so that one that does not fit costs no other
-        rest = [word for word in sys.argv[1:] if word not in ("--shape", "all")]
         for shape in LARGE:
-            subprocess.run([sys.executable, __file__, "--shape", shape, *rest], check=False)
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--shape", shape], check=False)  # the last one holds
         return
     device, base = torch.device(arguments.device), arguments.quantize or "bf16"
     planned = plans(fake_model(SHAPES[arguments.shape]()), rank=arguments.rank, batch_size=arguments.batch)[base]
@@ -158,6 +160,18 @@ def build(config: transformers.PretrainedConfig, device: torch.device, quantize:
     return model.requires_grad_(False).eval()
 
 
+def asked(arguments: argparse.Namespace, config: TrainConfig) -> tuple[Any, Formatter, list[Drawn]]:
+    """What a script measures: of `--shape` a model of random weights and texts of `Lengths`, else a model and requests."""
+    if arguments.shape:
+        model = build(SHAPES[arguments.shape](), torch.device(arguments.device or "cpu"), None)
+        formatter = formatter_of(model)
+        return model, formatter, texts(arguments.batch, Lengths(), formatter.family)
+    model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    formatter, rng = Formatter.of(model, tokenizer), random.Random(0)
+    requests = bench.requests(arguments.data_dir, arguments.batch)
+    return model, formatter, [draw(request, (), formatter, config, rng) for request in requests]
+
+
 def filled(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Random values of a weight's shape: small for matrices, ones for the scales of norms."""
     made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
@@ -172,7 +186,7 @@ def nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     made = bitsandbytes.nn.Linear4bit(
         layer.in_features, layer.out_features, bias=has_bias, compute_dtype=torch.bfloat16, device="meta", **form
     )
-    made.weight = bitsandbytes.nn.Params4bit(filled(layer.weight, device).cpu(), requires_grad=False, **form)
+    made.weight = bitsandbytes.nn.Params4bit(filled(layer.weight, device), requires_grad=False, **form)
     if has_bias:
         made.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=torch.bfloat16), requires_grad=False)
     return made.to(device)

@@ -1,27 +1,27 @@
 """Edits per second of the training step, against an oracle in the shape of the published code, and where the time goes.
 
-    python benchmarks/training.py [--model starter] [--batch 64] [--oracle-edits 4]
+    python benchmarks/training.py [--model starter | --shape 1b] [--batch 64] [--oracle-edits 4]
 
 Same model, same requests, same run; the oracle is `oracle.py`, in float32. Bar: at least 15 times, last three blocks.
 `equal_dtype` gives the oracle the step's own dtype. Also measured for the shipped editor's blocks, and with the trunk's
-outputs cached.
+outputs cached. With `--shape` a decoder of random weights, and texts as in `scale.py`; bar of the 1B shape on a GPU: at least
+100 times.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 import tempfile
 from typing import Any
 
 import torch
 
 import bench
-import mendlm
 import oracle
+import scale
 from mendlm.replay import Trunk
 from mendlm.text import Batch, Formatter, by_length
-from mendlm.training import Drawn, TrainConfig, draw, outer_loss
+from mendlm.training import Drawn, TrainConfig, outer_loss
 from mendlm.trunk_cache import TrunkCache
 
 CONFIG = TrainConfig(edit_weight=1.0, own_locality=1.0)
@@ -31,19 +31,18 @@ def main() -> None:
     parser = bench.parser(__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--oracle-edits", type=int, default=4, help="requests that the oracle runs in a round")
+    parser.add_argument("--shape", choices=scale.SHAPES, help="a decoder of random weights instead of a model")
     arguments = parser.parse_args()
-    model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
+    model, formatter, drawn = scale.asked(arguments, CONFIG)
     single = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    formatter, rng = Formatter.of(model, tokenizer), random.Random(0)
-    drawn = [draw(e, (), formatter, CONFIG, rng) for e in bench.requests(arguments.data_dir, arguments.batch)]
     blocks = model.config.num_hidden_layers
-    result: dict[str, Any] = {"dtype": str(model.dtype), "batch": len(drawn), "bar": 15}
+    result: dict[str, Any] = {"dtype": str(model.dtype), "batch": len(drawn), "bar": 100 if arguments.shape else 15}
     choices = {f"last 3 of {blocks} blocks": range(max(0, blocks - 3), blocks)}
-    if arguments.model == "starter":
+    if arguments.model == "starter" and not arguments.shape:
         choices["shipped blocks"] = bench.SHIPPED
     for name, chosen in choices.items():
         result[name] = measure(arguments, model, single, formatter, drawn, chosen)
-    bench.save(arguments, "training", model.device, result)
+    bench.save(arguments, f"training-{arguments.shape}" if arguments.shape else "training", model.device, result)
 
 
 def measure(arguments: Any, model: Any, single: Any, formatter: Formatter, drawn: list[Drawn], blocks: Any) -> dict[str, Any]:

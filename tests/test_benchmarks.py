@@ -25,6 +25,7 @@ FOUND: dict[str, list[str]] = {
     "floor": ["share_of_floor", "cache_speed_up", "cache_speed_up_by_the_floor", "ms_per_edit.measured"],
     "training": ["last 3 of 4 blocks.ratio", "last 3 of 4 blocks.time_shares.trunk"],
     "floor-toy": ["share_of_floor", "cache_speed_up"],
+    "training-toy": ["last 3 of 6 blocks.ratio"],
     "editing": ["edit_over_floor", "one_by_one_over_edit_many.8"],
     "batches": ["training_edits_per_second.4", "edits_per_second.1", "seconds_for_edits.4", "tenfold"],
     "replay": ["ratio", "bit_equal"],

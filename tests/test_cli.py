@@ -18,6 +18,7 @@ import torch
 from cases import byte_tokenizer, other, tiny
 from mendlm.apply import Edit, applied
 from mendlm.cli import main
+from mendlm.cli.learning import rank_for
 from mendlm.files import sha256
 from mendlm.layers import default_layers, select
 from mendlm.methods.malmen import Malmen, MalmenConfig
@@ -117,6 +118,8 @@ def test_the_rank_is_the_largest_that_the_memory_holds(shared: str, run: Command
         for rank in (config["rank"], config["rank"] + 1)
     ]
     assert fits == [True, False]
+    in_8_bits = rank_for(1e-3, "adam8bit", Malmen, specs, MalmenConfig(**config))
+    assert 1.5 * config["rank"] < in_8_bits < 1.7 * config["rank"], "10 bytes a parameter instead of 16"
     told = run(*common, "--out", tmp_path / "small", "--editor-memory", "1e-6", fails=True)
     assert "holds no editor of these 9 layers: rank 1 takes" in told
     told = run(*common, "--out", tmp_path / "small", "--editor-memory", "1", "--set", "editor.rank=4", fails=True)
@@ -767,3 +770,15 @@ def test_ctrl_c_saves_a_run_that_goes_on(place: Path, tmp_path: Path) -> None:
     assert "--resume" in said
     step = len((out / "metrics.jsonl").read_text().splitlines())
     assert read_tensors(out / "checkpoint.safetensors")[1]["state"].startswith(f'{{"step": {step},')
+
+
+def test_a_device_that_is_too_small_is_one_message(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("mendlm.evaluation.evaluate", full)
+    said = run("eval", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / "out", fails=True)
+    assert "Tried to allocate 2.00 GiB. The device is too small for this: a smaller batch_size" in said
+    monkeypatch.setattr("mendlm.evaluation.evaluate", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(["eval", *ON, "--data", "records:facts.jsonl", "--out", str(tmp_path / "out")])

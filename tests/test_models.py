@@ -53,6 +53,30 @@ def test_dtype_and_what_is_wrong_with_one(tmp_path: Path) -> None:
         load(folder, dtype="int3")
 
 
+def test_a_device_that_is_too_small_is_told_before_any_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved("llama", tmp_path / "m")
+    needed = sum(parameter.numel() for parameter in tiny("llama").parameters()) * 4
+    (folder / "model.safetensors").rename(tmp_path / "kept")
+    monkeypatch.setattr(models.memory, "room", lambda device: needed - 1)
+    with pytest.raises(
+        InputError, match=r"take 0\.0 GB in float32, but the device cpu has room for 0\.0 GB; quantise it to int8"
+    ):
+        load(folder, dtype="float32", device="cpu")
+    monkeypatch.setattr(models.memory, "room", lambda device: 1)
+    with pytest.raises(InputError, match=r"GB; spread it by the device map 'auto'"):
+        load(folder, dtype="float32", device="cpu")
+    (tmp_path / "kept").rename(folder / "model.safetensors")
+    monkeypatch.setattr(models.memory, "room", lambda device: needed)
+    state = torch.get_rng_state()
+    load(folder, dtype="float32", device="cpu")
+    assert torch.equal(torch.get_rng_state(), state), "what is drawn later does not depend on the check"
+
+
+def test_the_room_of_a_device() -> None:
+    assert (models.memory.room(torch.device("cpu")) or 1 << 30) > 2**28
+    assert models.memory.room(torch.device("meta")) is None
+
+
 @pytest.mark.parametrize("source", ["no/such/folder/here", "nobody/nothing"])
 def test_a_model_that_cannot_be_had(source: str) -> None:
     with pytest.raises(ModelError, match=source):
@@ -206,5 +230,5 @@ def test_a_device_map_goes_with_no_device_and_shards_with_several_processes(tmp_
         load(tmp_path, device="cpu", device_map="auto")
     with pytest.raises(InputError, match="there is one process"):
         load(tmp_path, device="cpu", device_map="shards")
-    with pytest.raises(ModelError, match="cannot load the model"):
-        load(tmp_path, device_map="everywhere")
+    with pytest.raises(InputError, match=r"unknown device map 'cuda:0'; choose auto, .*, shards, or give the one device"):
+        load(tmp_path, device_map="cuda:0")

@@ -8,18 +8,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cases import byte_tokenizer, tiny
+from cases import byte_tokenizer, other, tiny
 from mendlm import plan as planning
 from mendlm.cli import main
-from mendlm.layers import default_layers
+from mendlm.layers import default_layers, select
 from mendlm.methods.mend import Mend, MendConfig
-from mendlm.models import fake_model, skeleton
-from mendlm.plan import Lengths, Storages, base_bytes, formatter_of, plans, step, texts
+from mendlm.models import fake_model, skeleton, weight_bytes
+from mendlm.plan import Lengths, Storages, formatter_of, plans, step, texts
 from mendlm.tasks import load_edits
 from mendlm.text import Formatter
 from mendlm.training import TrainConfig, states_bytes
@@ -98,9 +99,9 @@ def test_bytes_of_a_quantised_base() -> None:
     model = fake_model(tiny("llama").config)
     blocks = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     rest = sum(p.numel() for p in model.parameters()) - blocks
-    assert base_bytes(model, "bf16") == 2 * (blocks + rest)
-    assert base_bytes(model, "int8") == blocks + 2 * rest
-    assert base_bytes(model, "nf4") == int(0.5625 * blocks) + 2 * rest
+    assert weight_bytes(model) == 2 * (blocks + rest)
+    assert weight_bytes(model, "int8") == blocks + 2 * rest
+    assert weight_bytes(model, "nf4") == int(0.5625 * blocks) + 2 * rest
 
 
 @pytest.fixture
@@ -124,7 +125,37 @@ def test_the_command_plans_without_weights(place: Path, capsys: pytest.CaptureFi
     assert content["plans"]["bf16"]["fits_gb"] == [16, 24, 48, 80]
     with pytest.raises(SystemExit):
         main(["inspect", "model", "--plan", "--rank", "4"])
-    assert "memory of training, computed" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "memory of training, computed" in shown
+    assert "64 requests a step\nprompts of 14 tokens, rephrasings of 26, unrelated texts of 24; longer ones" in shown
+
+
+def test_layers_are_chosen_where_no_default_is_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other().save_pretrained(place / "other")
+    with pytest.raises(SystemExit):
+        main(["inspect", "other", "--plan", "--rank", "4"])
+    assert "choose layers by pattern" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", "other", "--plan", "--rank", "4", "--layers", "layers.3.mlp.down_proj", "--json"])
+    assert not stop.value.code
+    found = json.loads(capsys.readouterr().out)["plans"]["bf16"]["editor"]
+    specs = select(skeleton(place / "other"), ["layers.3.mlp.down_proj"])
+    method = Mend(specs, MendConfig(rank=4))
+    assert found == sum(tensor.nbytes for tensor in (*method.parameters(), *method.buffers()))
+
+
+def test_the_command_plans_the_trunk_cache_that_training_fills(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(model: str, dtype: str) -> Any:
+        with pytest.raises(SystemExit) as stop:
+            main(["inspect", model, "--plan", "--rank", "4", "--data", "records:facts.jsonl", "--dtype", dtype, "--json"])
+        assert not stop.value.code
+        return json.loads(capsys.readouterr().out)["trunk_cache_bytes"]
+
+    expected = states_bytes(tiny("llama"), Formatter.of(tiny("llama"), byte_tokenizer()), [load_edits("records:facts.jsonl")])
+    assert planned("model", "float32") == expected == 2 * planned("model", "bfloat16")
+    tiny("t5").save_pretrained(place / "t5")  # whose blocks pass on more than hidden states
+    byte_tokenizer().save_pretrained(place / "t5")
+    assert planned("t5", "float32") is None
 
 
 def test_the_disk_that_a_trunk_cache_takes_is_each_text_once(place: Path) -> None:
@@ -159,4 +190,4 @@ def test_what_an_architecture_never_quantises_is_planned_dense() -> None:
     weights = {name: weight.numel() for name, weight in model.named_parameters() if weight.dim() == 2 and ".block." in name}
     kept = sum(count for name, count in weights.items() if name.endswith(".wo.weight"))
     assert kept
-    assert base_bytes(model, "bf16") - base_bytes(model, "int8") == sum(weights.values()) - kept
+    assert weight_bytes(model) - weight_bytes(model, "int8") == sum(weights.values()) - kept

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from cases import byte_tokenizer, tiny
 from mendlm.checkpoint import load_editor
 from mendlm.errors import ModelError, StorageError
 from mendlm.layers import default_layers
+from mendlm.methods.mend import Mend, MendConfig
 from mendlm.replay import Trunk
 from mendlm.text import Formatter
 from mendlm.training import outer_loss, states_bytes, train
@@ -144,3 +146,18 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused_before_training(tmp_path: 
     go("first")
     free = needed - 1  # what the cache holds already is not needed again
     go("second")
+
+
+def test_a_cache_that_cannot_be_is_refused_before_a_run_folder_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    data = replace(DATA, examples=DATA.examples[:4])
+    config = replace(SMALL, steps=1, num_edits=1, target_end="auto")
+    for name, place, error, message in (
+        ("llama", tmp_path / "file", StorageError, "cannot be written into .*file, which is no folder"),
+        ("llama", tmp_path / "file" / "cache", StorageError, "cannot be written into .*file, which is no folder"),
+        ("t5", tmp_path / "cache", ModelError, "more than hidden states"),  # its blocks pass position biases on
+    ):
+        method = Mend(default_layers(tiny(name)), MendConfig(rank=4))
+        with pytest.raises(error, match=message):
+            train(method, tiny(name), byte_tokenizer(), data, config, tmp_path / "run", trunk_cache=place)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak: of the process on a CPU, of the allocator on a GPU."""
+"""How much memory there is, and a piece of work takes at its peak: of the process on a CPU, of the allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def peak_mb(device: torch.device) -> float:
         return int(line.split()[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that a device can take: what is free of a card, and all memory and swap of a CPU; None where it is not known."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for later
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    with contextlib.suppress(OSError):
+        if device.type == "cpu":
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return sum(int(line.split()[1]) for line in lines if line.startswith(("MemTotal:", "SwapTotal:"))) * 1024
+    return None

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from mendlm import processes
+from mendlm import memory, processes
 from mendlm.errors import InputError, MendError, ModelError, require
 from mendlm.files import new_folder, read_json, sha256, write_json
 from mendlm.layers import block_stacks, make_differentiable, plain, quantized
@@ -42,8 +42,12 @@ STARTER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 STARTER_NAME = "smollm2-135m-instruct"
 QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
 """What weights can be quantised to, and the package that does it."""
+PACKED = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "torchao-int8": 1.0}
+"""Bytes a number of a quantised matrix takes; NF4 has a scale in float32 for each 64 numbers."""
 SHARDS = "shards"
 """The device map that splits a model over processes."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The device maps of accelerate that go by name."""
 Report = Callable[[str], object]
 
 
@@ -101,12 +105,15 @@ def load(
     loaded, and the rest stays in `dtype`. For a model larger than one card, `device_map` spreads it: "shards" over the
     processes, as `shard`; "auto", or module names with their devices, over this machine's cards, its memory and disk, as in
     transformers. `from_wheel` gives the starter's wheel as a file; `report` is told what is going on. Raises `ModelError` if
-    the model cannot be had, `InputError` for a device or map that does not fit, and `MissingPackageError` for one that is or
-    shall be quantised by a package that is not installed.
+    the model cannot be had, `InputError` for a device or map that does not fit (a device that is too small is told before
+    any weight is read), and `MissingPackageError` for one that is or shall be quantised by a package that is not installed.
     """
     where = as_device(device)
     spread: dict[str, Any] = {}
     if device_map is not None and device_map != SHARDS:
+        if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+            known = ", ".join((*DEVICE_MAPS, SHARDS))
+            raise InputError(f"unknown device map '{device_map}'; choose {known}, or give the one device as device")
         if device is not None:
             raise InputError(f"a device map says where everything is: leave the device '{device}' out")
         if processes.count() > 1:
@@ -130,6 +137,8 @@ def load(
                 f"a quantised model cannot be split over processes; leave device_map '{SHARDS}' out, or load it dense"
             )
         options |= _quantized(config, quantize, wanted, where) | spread
+        if device_map is None:
+            require_room(source, config, quantize, wanted, where)
         with no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
     model.requires_grad_(False).eval()
@@ -137,6 +146,45 @@ def load(
     if device_map == SHARDS:
         return shard(model, where.type), tokenizer
     return model if "device_map" in options else model.to(where), tokenizer
+
+
+def require_room(source: str | Path, config: Any, quantize: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `InputError` for a model whose weights the device cannot hold; of one quantised already, its files count."""
+    room = memory.room(device)
+    if room is None:
+        return
+    forms: dict[str, int] = {}
+    if getattr(config, "quantization_config", None):
+        needed, form = sum(file.stat().st_size for file in _weight_files(str(source), None)), "their files"
+    else:
+        with torch.device("meta"):
+            model = _auto_class(config).from_config(config)
+        needed, form = weight_bytes(model, quantize, dtype.itemsize), quantize or str(dtype).removeprefix("torch.")
+        forms = {kind: weight_bytes(model, kind, dtype.itemsize) for kind in ("int8", "nf4")}
+    if needed > room:
+        smaller = [f"quantise it to {kind} ({size / 1e9:.1f} GB)" for kind, size in forms.items() if size <= room]
+        do = ", ".join([*smaller, "spread it by the device map 'auto'", "or name a larger device"])
+        raise InputError(
+            f"the weights of '{source}' take {needed / 1e9:.1f} GB in {form}, but the device {device} has room for "
+            f"{room / 1e9:.1f} GB; {do}"
+        )
+
+
+def weight_bytes(model: nn.Module, quantize: str | None = None, size: int = 2) -> int:
+    """Bytes of a frozen model, `size` a number, with the matrices of its blocks quantised as in `QUANTIZATIONS` if asked.
+
+    Matrices that their architecture keeps as they are (T5's `wo`) are never quantised. Its weights may be fake.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    inside = {
+        id(weight): weight.numel()
+        for blocks in block_stacks(model).values()
+        for name, weight in blocks.named_parameters()
+        if weight.dim() == 2 and not kept & set(name.split("."))
+    }
+    packed = sum(inside.values())
+    rest = sum({id(weight): weight.numel() for weight in model.parameters() if id(weight) not in inside}.values())
+    return int((PACKED[quantize] if quantize else size) * packed + size * rest)
 
 
 def skeleton(
@@ -299,13 +347,14 @@ def as_device(device: str | torch.device | None) -> torch.device:
                 raise InputError(f"{processes.count()} processes have a card each; give the device cuda, not '{device}'")
             where = torch.device("cuda", processes.local_rank())
             torch.cuda.set_device(where)
-        torch.empty(1, device=where).sum().item()
+        found = torch.empty(1, device=where)
+        found.sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         count = torch.cuda.device_count()
         have = "cpu" + "".join(f", cuda:{i}" for i in range(count))
         problem = str(error).strip().split("\n")[0]
         raise InputError(f"cannot use the device '{device}' ({problem}); this machine has {have}") from None
-    return where
+    return found.device  # with its number: "cuda" and "cuda:0" are one device, and not equal
 
 
 class no_bars:

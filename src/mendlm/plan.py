@@ -21,16 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mendlm.layers import block_stacks, choose
+from mendlm.layers import choose
 from mendlm.methods.mend import Mend, MendConfig
+from mendlm.models import weight_bytes
 from mendlm.replay import Trunk
 from mendlm.text import Encoded, Formatter
 from mendlm.training import Drawn, TrainConfig, descend
 
 CARDS = (16, 24, 48, 80)
 """Sizes of cards that a plan is held against, in GB of 10^9 bytes."""
-QUANTISED = {"bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
-"""Bytes a number of a block's matrix takes; NF4 has a scale in float32 for each 64 numbers."""
+BASES: dict[str, str | None] = {"bf16": None, "int8": "int8", "nf4": "nf4"}
+"""The forms of a base that are planned, and what its blocks are quantised to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +170,22 @@ def plans(
     work = {"flops": counted.get_total_flops() / batch_size, "edit_flops": once.get_total_flops()}
     return {
         base: Plan(
-            base=base_bytes(model, base),
+            base=weight_bytes(model, quantize),
             editor=_bytes(mine),
             optimizer=_bytes(moments),
-            step=seen.peak + (largest if base != "bf16" else 0),
+            step=seen.peak + (largest if quantize else 0),
             **work,
         )
-        for base in QUANTISED
+        for base, quantize in BASES.items()
     }
+
+
+def can_be_kept(model: Any, trunk: Trunk) -> bool:
+    """Whether a trunk cache can keep what the trunk of a skeleton gives: of one stack of blocks, hidden states alone."""
+    formatter = formatter_of(model)
+    with fake_mode(model):
+        tape = trunk.run(model, formatter.batch([texts(1, Lengths(), formatter.family)[0].edit]).inputs)
+    return len(tape) == 1 and isinstance(tape[0], Tensor)
 
 
 def fake_mode(model: nn.Module) -> FakeTensorMode:
@@ -184,23 +193,6 @@ def fake_mode(model: nn.Module) -> FakeTensorMode:
     weight = next(model.parameters())
     mode: FakeTensorMode = getattr(weight, "fake_mode", None) or FakeTensorMode(allow_non_fake_inputs=True)
     return mode
-
-
-def base_bytes(model: nn.Module, base: str) -> int:
-    """Bytes of the frozen model with the matrices of its blocks in another form, and all else in two bytes a number.
-
-    Matrices that their architecture keeps as they are (T5's `wo`) are never quantised.
-    """
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    inside = {
-        id(weight): weight.numel()
-        for blocks in block_stacks(model).values()
-        for name, weight in blocks.named_parameters()
-        if weight.dim() == 2 and not kept & set(name.split("."))
-    }
-    quantised = sum(inside.values())
-    rest = sum({id(weight): weight.numel() for weight in model.parameters() if id(weight) not in inside}.values())
-    return int(QUANTISED[base] * quantised + 2 * rest)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

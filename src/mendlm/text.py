@@ -304,10 +304,13 @@ def _require_unicode(text: str) -> None:
 
 
 def tensor_on(device: torch.device, values: Sequence[Any]) -> Tensor:
-    """Numbers as a tensor. On a CUDA device the host does not wait: a copy from pageable memory would halt it."""
-    if device.type != "cuda":
-        return torch.tensor(values, device=device)
-    return torch.tensor(values).pin_memory().to(device, non_blocking=True)
+    """Numbers as a tensor on a device."""
+    return sent(torch.tensor(values), device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device. For CUDA the host does not wait: a copy from pageable memory would halt it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _labels(model: Any, tokenizer: Any) -> tuple[str, ...]:

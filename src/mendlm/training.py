@@ -23,6 +23,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import random
 import shutil
 import time
@@ -331,6 +332,8 @@ class Trainer:
             watched = [replace(source, examples=()) for source in locality]
             most = 3 * (config.steps * config.batch_size + len(self.valid))  # a request's own text and two more
             require_disk(self.trunk, states_bytes(model, self.formatter, [data, *held_out, *watched], most))
+            first = self.formatter.encode(self.data[0].prompt, self.data[0].target)
+            self.trunk.run(model, self.formatter.batch([first]).inputs)  # raises now for blocks whose output cannot be kept
         rates = {id(parameter) for parameter in method.rates()}
         networks = [parameter for parameter in method.parameters() if id(parameter) not in rates]
         adam = quantizer("bitsandbytes").optim.Adam8bit if config.optimizer == "adam8bit" else torch.optim.Adam
@@ -476,14 +479,21 @@ def require_tracker(name: str) -> None:
         raise InputError(f"the package of the tracker '{name}' is not installed; install it, or leave the tracker out")
 
 
-def states_bytes(model: Any, formatter: Formatter, sources: Iterable[Dataset], most: int | None = None) -> int:
+def states_bytes(
+    model: Any,
+    formatter: Formatter,
+    sources: Iterable[Dataset],
+    most: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Bytes that a trunk cache of all texts of these data sets takes, each text once, as a raw prompt with its answer.
 
-    Where no more than `most` of them are ever read, that share of it.
+    Where no more than `most` of them are ever read, that share of it. `dtype` is that of the states, by default the model's.
     """
     lengths = {hash((text.prompt, text.target)): len(text) for source in sources for text in _every(formatter, source)}
     width: int = model.get_input_embeddings().embedding_dim
-    size: int = next(model.parameters()).element_size()
+    size: int = (dtype or next(model.parameters()).dtype).itemsize
     share = 1.0 if most is None else min(1.0, most / max(1, len(lengths)))
     return math.ceil(share * sum(lengths.values()) * width * size)
 
@@ -499,9 +509,14 @@ def _every(formatter: Formatter, source: Dataset) -> Iterator[Encoded]:
 
 
 def require_disk(cache: TrunkCache, needed: int) -> None:
-    """Raise `StorageError` unless the disk holds what a cache of so many bytes still lacks. Makes no folder."""
+    """Raise `StorageError` unless a cache can be written, and the disk holds what it still lacks of so many bytes.
+
+    Makes no folder.
+    """
     lacking = needed - cache.stored_bytes()
     place = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise StorageError(f"the trunk cache cannot be written into {place}, which is no folder of yours; name another folder")
     with storing(cache.folder):
         free = shutil.disk_usage(place).free
     if lacking > free:

@@ -26,6 +26,7 @@ from mendlm.files import storing
 from mendlm.models import identity, quantization
 from mendlm.replay import Tape, Trunk
 from mendlm.tensors import read_tensors, write_tensors
+from mendlm.text import sent
 
 SHARD_BYTES = 64 << 20
 
@@ -77,11 +78,11 @@ class TrunkCache:
                 raise ModelError(
                     f"the blocks of {type(model).__name__} return more than hidden states; run without a trunk cache"
                 )
-            self._new |= {texts[i]: row[: lengths[i]].cpu().clone() for i, row in zip(missing, states, strict=True)}
+            self._new |= {texts[i]: row[: lengths[i]].clone() for i, row in zip(missing, states.cpu(), strict=True)}
         rows = [self._states[text] if text in self._states else self._new[text] for text in texts]
         if sum(row.nbytes for row in self._new.values()) > SHARD_BYTES:
             self.flush()
-        return [nn.utils.rnn.pad_sequence(rows, batch_first=True).to(inputs["input_ids"].device)]
+        return [sent(nn.utils.rnn.pad_sequence(rows, batch_first=True), inputs["input_ids"].device)]
 
     def replay(self, tape: Tape) -> AbstractContextManager[None]:
         """As `Trunk.replay`."""

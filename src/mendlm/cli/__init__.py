@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 
 from mendlm.cli import comparing, data, edits, exporting, learning, serving, sharing, storing, sweeping
-from mendlm.errors import InputError, MendError
+from mendlm.errors import InputError, MendError, ModelError
 from mendlm.processes import launched
 
 app = typer.Typer(
@@ -46,6 +46,10 @@ app.add_typer(storing.app, name="store")
 app.add_typer(serving.token, name="token")
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's `UsageError`, from the click that typer brings along or depends on."""
+OUT_OF_MEMORY = (
+    "The device is too small for this: a smaller batch_size, a lower editor.rank, --quantize, --editor-device or --device-map "
+    "take less of it; `mendlm inspect MODEL --plan` says how much. A training goes on from its last checkpoint by --resume."
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,6 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except MendError as error:
         refuse(error, number, as_json=as_json)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
+            raise
+        refuse(ModelError(f"{str(error).splitlines()[0]} {OUT_OF_MEMORY}"), number, as_json=as_json)
     sys.exit(code or 0)
 
 

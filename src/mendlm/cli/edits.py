@@ -194,6 +194,9 @@ def inspect(
     rank: Annotated[int, typer.Option("--rank", min=1, help="The editor's rank, for its size.")] = 256,
     plan: Annotated[bool, typer.Option("--plan", help="Compute what training takes; no weight is read.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests a step, for the plan.")] = 64,
+    layers: Annotated[
+        list[str] | None, typer.Option("--layers", help="Pattern of the layers to edit, for the plan; may repeat.")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="Requests whose trunk cache is planned, too.")] = None,
     json_output: common.Json = False,
     seed: common.Seed = 0,
@@ -203,10 +206,12 @@ def inspect(
     """What can be edited in a model, the default choice, and what editing and training take."""
     if data and not plan:
         raise InputError("--data is for the plan of a trunk cache; give --plan, too")
+    if layers and not plan:
+        raise InputError("--layers is for the plan of a training; give --plan, too")
     if plan:
         from mendlm.cli import planning
 
-        planning.show(model, origin, rank, batch_size, data or [], json_output=json_output)
+        planning.show(model, origin, layers or [], rank, batch_size, data or [], json_output=json_output)
         return
     loaded, tokenizer = common.open_model(model, origin, seed=seed)
 
@@ -216,7 +221,7 @@ def inspect(
     from mendlm.models import quantization
     from mendlm.text import Formatter
 
-    layers = editable(loaded)
+    found = editable(loaded)
     parameters, base = size(loaded)
     formatter = Formatter.of(loaded, tokenizer)
     content: dict[str, Any] = {
@@ -229,7 +234,7 @@ def inspect(
         "parameters": parameters,
         "bytes": base,
         "blocks": {name: len(blocks) for name, blocks in block_stacks(loaded).items()},
-        "editable": [asdict(spec) for spec in layers.values()],
+        "editable": [asdict(spec) for spec in found.values()],
         "default": [],
     }
     try:
@@ -249,7 +254,7 @@ def inspect(
         common.emit(True, content, "")
         return
     kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
-    for name, spec in layers.items():
+    for name, spec in found.items():
         parts = name.split(".")
         kinds.setdefault((".".join("*" if part.isdigit() else part for part in parts), spec.shape), []).append(name)
     rows_shown = [(pattern, f"{d_out} x {d_in}", len(names)) for (pattern, (d_out, d_in)), names in kinds.items()]

@@ -31,8 +31,8 @@ EditorDevice = Annotated[
     typer.Option("--editor-device", help="Device of the editor and its optimiser (mend, malmen), if not the model's."),
 ]
 
-BYTES_A_PARAMETER = 16
-"""A parameter, its gradient and Adam's two moments, in float32."""
+BYTES_A_PARAMETER = {"adam": 16.0, "adam8bit": 8 + 2 * (1 + 4 / 256)}
+"""A parameter and its gradient in float32, and Adam's two moments: in float32 too, or in 8 bits with a scale for each 256."""
 
 
 @common.loads_model
@@ -86,7 +86,9 @@ def train(
     else:
         specs = choose(loaded, editor_config.layers)
         if editor_memory is not None:
-            editor_config = replace(editor_config, rank=rank_for(editor_memory, kind, specs, editor_config))
+            editor_config = replace(
+                editor_config, rank=rank_for(editor_memory, train_config.optimizer, kind, specs, editor_config)
+            )
             common.note(f"an editor of rank {editor_config.rank} trains in {editor_memory:g} GB")
         learned, source = kind.for_model(loaded, specs, editor_config), {}
     count = sum(parameter.numel() for parameter in learned.parameters())
@@ -139,13 +141,14 @@ def require_choice_of_rank(method: str, config_type: Any, editor_values: dict[st
         raise InputError(f"--from {start} has a rank already; leave --editor-memory out")
 
 
-def rank_for(gigabytes: float, kind: Any, specs: list[Any], config: Any) -> int:
+def rank_for(gigabytes: float, optimizer: str, kind: Any, specs: list[Any], config: Any) -> int:
     """The largest rank whose training takes at most so many GB of 10^9 bytes: parameters, gradients and Adam's moments."""
     if not 0 < gigabytes < float("inf"):
         raise InputError(f"--editor-memory is a positive number of GB, got {gigabytes}")
-    rank: int = kind.rank_within(specs, config, int(gigabytes * 1e9 / BYTES_A_PARAMETER))
+    bytes_each = BYTES_A_PARAMETER[optimizer]
+    rank: int = kind.rank_within(specs, config, int(gigabytes * 1e9 / bytes_each))
     if rank < 1:
-        with_one = sum(p.numel() for p in kind(specs, replace(config, rank=1)).parameters()) * BYTES_A_PARAMETER
+        with_one = sum(p.numel() for p in kind(specs, replace(config, rank=1)).parameters()) * bytes_each
         raise InputError(
             f"--editor-memory {gigabytes:g} GB holds no editor of these {len(specs)} layers: rank 1 takes "
             f"{with_one / 1e9:.2g} GB; give more, or edit fewer layers"

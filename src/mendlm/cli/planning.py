@@ -9,11 +9,13 @@ from mendlm.cli import common
 GB = 1e9
 
 
-def show(model: str, origin: common.Origin, rank: int, batch_size: int, data: list[str], *, json_output: bool) -> None:
+def show(
+    model: str, origin: common.Origin, layers: list[str], rank: int, batch_size: int, data: list[str], *, json_output: bool
+) -> None:
     """Print the plan of training on a model, of which nothing but the configuration is read."""
     from mendlm.layers import block_stacks, choose
-    from mendlm.models import skeleton, tokenizer_of
-    from mendlm.plan import CARDS, plans
+    from mendlm.models import as_device, as_dtype, skeleton, tokenizer_of
+    from mendlm.plan import CARDS, Lengths, can_be_kept, plans
     from mendlm.replay import Trunk
     from mendlm.tasks import load_edits
     from mendlm.text import Formatter
@@ -21,7 +23,7 @@ def show(model: str, origin: common.Origin, rank: int, batch_size: int, data: li
 
     where: dict[str, Any] = {"revision": origin.revision, "from_wheel": origin.from_wheel}
     fake = skeleton(model, report=common.note, **where)
-    found = plans(fake, rank=rank, batch_size=batch_size)
+    found = plans(fake, tuple(layers), rank=rank, batch_size=batch_size)
     content: dict[str, Any] = {
         "model": type(fake).__name__,
         "parameters": sum(p.numel() for p in fake.parameters()),
@@ -33,16 +35,20 @@ def show(model: str, origin: common.Origin, rank: int, batch_size: int, data: li
     if data:
         sources = [load_edits(source) for source in data]
         formatter = Formatter.of(fake, tokenizer_of(model, **where))
-        held = len(Trunk.where_possible(fake, choose(fake, ())).groups)
-        content["trunk_cache_bytes"] = states_bytes(fake, formatter, sources) if held == 1 else None
+        dtype = as_dtype(origin.dtype, as_device(origin.device))
+        content["trunk_cache_dtype"] = str(dtype).removeprefix("torch.")
+        kept = can_be_kept(fake, Trunk.where_possible(fake, choose(fake, layers)))
+        content["trunk_cache_bytes"] = states_bytes(fake, formatter, sources, dtype=dtype) if kept else None
     if json_output:
         common.emit(True, content, "")
         return
-    one = found["bf16"]
+    one, lengths = found["bf16"], Lengths()
     common.emit(
         False,
         {},
-        f"{content['model']}, {content['parameters']:,} parameters; editor of rank {rank}; {batch_size} requests a step",
+        f"{content['model']}, {content['parameters']:,} parameters; editor of rank {rank}; {batch_size} requests a step\n"
+        f"prompts of {lengths.edit} tokens, rephrasings of {lengths.rephrasing}, unrelated texts of {lengths.unrelated}; "
+        "longer ones take more",
     )
     rows = [
         (
@@ -60,6 +66,8 @@ def show(model: str, origin: common.Origin, rank: int, batch_size: int, data: li
     if data:
         size = content["trunk_cache_bytes"]
         text += "\ntrunk cache of these requests: " + (
-            f"{size / GB:.2f} GB, each text once" if size is not None else "not possible for this model"
+            f"{size / GB:.2f} GB in {content['trunk_cache_dtype']}, each text once"
+            if size is not None
+            else "not possible for this model"
         )
     common.emit(False, {}, text)
