@@ -44,9 +44,9 @@ def main() -> None:
                 print(f"| **{kind}** | | | | | | |")
             prompt, target, rephrasing, neighbour = list(request.values())[1:]
             before = say(neighbour)
-            edit = session.edit(prompt, target, chat=arguments.chat)
+            made = session.edit(prompt, target, chat=arguments.chat)
             said, again, after = say(prompt), say(rephrasing), say(neighbour)
-            session.undo(edit)
+            session.undo(made.id)
             good = [continues(said, target), continues(again, target), after == before]
             counts = [n + g for n, g in zip(counts, [*good, 1], strict=True)]
             change = cell(before) if after == before else f"{cell(before)} → {cell(after)}"

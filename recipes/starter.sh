@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Train the starter model's editors as they are shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
 # DATA_DIR holds the files that benchmarks/prepare/data.py checks. RUN is the starter editor; the first two of its three trainings
-# lie in RUN-first and RUN-second. RUN-many is starter-many, from RUN, by way of RUN-together, RUN-both and RUN-longer. What was
-# interrupted goes on when the same command is given again.
+# lie in RUN-first and RUN-second. RUN-many is starter-many, from RUN, by way of RUN-together, RUN-both and RUN-longer. RUN-varied
+# is a fourth training that is not shipped (docs/LOG.md). What was interrupted goes on when the same command is given again.
 set -euo pipefail
 here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
 
 zsre=(--data "zsre:$data/zsre-train.json")
 
-prepare() { # SCRIPT FILE
-    [ -f "$cache/$2" ] || python "$here/../benchmarks/prepare/$1" --data-dir "$data" --out "$cache/$2"
+prepare() { # SCRIPT FILE options...
+    [ -f "$cache/$2" ] || python "$here/../benchmarks/prepare/$1" --out "$cache/$2" "${@:3}"
 }
 
 train() { # RUN CONFIG REQUESTS options...
@@ -21,9 +21,9 @@ train() { # RUN CONFIG REQUESTS options...
 }
 
 mkdir -p "$cache"
-prepare questions.py nq-requests.jsonl
-prepare continuations.py counterfact-continued.jsonl
-prepare targets.py zsre-retargeted.jsonl
+prepare questions.py nq-requests.jsonl --data-dir "$data"
+prepare continuations.py counterfact-continued.jsonl --data-dir "$data"
+prepare targets.py zsre-retargeted.jsonl --data-dir "$data"
 continued="records:$cache/counterfact-continued.jsonl"
 train "$run-first" starter.toml "counterfact:$data/counterfact-train.json" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}"
 train "$run-second" starter-continued.toml "$continued" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}" --from "$run-first"
@@ -34,3 +34,8 @@ train "$run-both" starter-many.toml "$continued" "${both[@]}" --from "$run-toget
 train "$run-longer" starter-many.toml "$continued" "${both[@]}" --from "$run-both" --set steps=800
 gentler=(--set steps=520 --set learning_rate=5e-4 --set locality_weight=5)
 train "$run-many" starter-many.toml "$continued" "${both[@]}" --from "$run-longer" "${gentler[@]}"
+
+prepare varied.py varied.jsonl --data-dir "$data"
+prepare invented.py invented.jsonl
+varied=(--data "records:$cache/varied.jsonl" "${both[@]}" --data "records:$cache/invented.jsonl")
+train "$run-varied" starter-varied.toml "$continued" "${varied[@]}" --from "$run"
