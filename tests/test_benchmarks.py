@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,20 @@ FOUND: dict[str, list[str]] = {
     **{f"scale-{shape}": ["peak_gb", "edits_per_second", "edit_ms.p95", "plan.total"] for shape in ("toy", "toy-t5-nf4")},
 }
 """Every benchmark of run_all.py, and what it is to have found: numbers above 0."""
+
+
+@pytest.mark.slow
+def test_fifty_edits_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    save_editor(tmp_path / "run.safetensors", Mend(default_layers(model), MendConfig(rank=2)), {})
+    options = ["--model", str(tmp_path), "--editor", str(tmp_path / "run.safetensors")]
+    monkeypatch.setattr(sys, "argv", ["by_eye.py", *options])
+    runpy.run_path(str(BENCHMARKS / "by_eye.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^\| .+ → .+ \| [✓✗] \| .+ \| [✓✗] \| .+ \| [✓✗] \| .+ \|$", shown, re.MULTILINE)) == 50
+    assert re.search(r"^\d+ of 50 edits took, \d+ rephrasings followed, \d+ neighbours kept", shown, re.MULTILINE)
 
 
 def test_the_papers_driver_publishes_its_commands_and_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
