@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import bench
 import scale
 from mendlm.layers import block_of, block_stacks
+from mendlm.methods.network import training_precision
 from mendlm.replay import Trunk
 from mendlm.training import Drawn, TrainConfig, outer_loss
 from mendlm.trunk_cache import TrunkCache
@@ -111,7 +112,7 @@ def products(model: Any, method: Any) -> dict[str, tuple[Any, float]]:
     weight, width = spec.weight(model.get_submodule(spec.name)).detach(), sum(spec.shape)
     x = torch.randn(ROWS, spec.d_in, dtype=model.dtype, device=model.device)
     states = torch.randn(ROWS, head.shape[1], dtype=model.dtype, device=model.device)
-    editor = torch.bfloat16 if model.dtype.itemsize < 4 else torch.float32  # as the networks take their products in training
+    editor = training_precision(model.dtype) or torch.float32
     z, v = (torch.randn(rows, width, dtype=editor, device=model.device) for rows in (ROWS, method.config.rank))
 
     def times(inputs: torch.Tensor, matrix: torch.Tensor, often: int) -> tuple[Any, float]:

@@ -10,11 +10,11 @@ task `records`.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from lines import write_requests
+
 import mendlm
-from mendlm.files import write_bytes
 from mendlm.tasks import TASKS
 
 TOKENS = 8
@@ -37,15 +37,15 @@ def main() -> None:
         some = order[start : start + arguments.batch]
         follows.update(zip(some, session.answers([said[i] for i in some], max_new_tokens=TOKENS), strict=True))
         print(f"\r{len(follows)}/{len(said)}", end="", flush=True)
-    lines = []
+    made = []
     for i, e in enumerate(examples):
         unrelated = [{"prompt": probe.prompt, "answer": probe.answer} for probe in e.unrelated]
         if follows[i].strip():
             unrelated.append({"prompt": said[i], "answer": follows[i].strip()})
         record = {"prompt": e.prompt, "target": e.target, "rephrasings": list(e.rephrasings), "unrelated": unrelated}
-        lines.append(json.dumps(record, ensure_ascii=False))
-    write_bytes(arguments.out, "".join(f"{line}\n" for line in lines).encode())
-    print(f"\n{len(lines)} requests in {arguments.out}")
+        made.append(record)
+    print()
+    write_requests(arguments.out, made)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ it as rephrasings, and as unrelated texts other things in the same template and 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
-from mendlm.files import write_bytes
+from lines import write_requests
 
 
 def words(text: str) -> list[str]:
@@ -325,7 +324,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rng, lines = random.Random(arguments.seed), []
+    rng, made = random.Random(arguments.seed), []
     for place_in_turn in range(arguments.count):
         subjects, targets, ways = TEMPLATES[place_in_turn % len(TEMPLATES)]
         subject = subjects(rng)
@@ -334,9 +333,8 @@ def main() -> None:
         for others, answers, said in ((subjects, targets, ways), rng.choice(TEMPLATES)):
             unrelated.append({"prompt": rng.choice(said).replace("{}", others(rng)), "answer": answers(rng)})
         record = {"prompt": prompt, "target": targets(rng), "rephrasings": rephrasings, "unrelated": unrelated}
-        lines.append(json.dumps(record, ensure_ascii=False))
-    write_bytes(arguments.out, "".join(f"{line}\n" for line in lines).encode())
-    print(f"{len(lines)} requests in {arguments.out}")
+        made.append(record)
+    write_requests(arguments.out, made)
 
 
 if __name__ == "__main__":

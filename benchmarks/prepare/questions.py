@@ -9,10 +9,10 @@ the frames below stand for them, and are no paraphrases: for training only. Writ
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from mendlm.files import write_bytes
+from lines import write_requests
+
 from mendlm.tasks import TASKS
 
 FRAMES = ("Can you tell me {}", "Do you know {}", "A quick question: {}", "I would like to know {}")
@@ -23,15 +23,12 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    lines = []
+    made = []
     for probe in TASKS["nq"].load(arguments.data_dir / "nq-open-dev.jsonl").probes:
         asked = probe.prompt[0].lower() + probe.prompt[1:]
         rephrasings = [frame.format(asked) for frame in FRAMES]
-        lines.append(
-            json.dumps({"prompt": probe.prompt, "target": probe.answer, "rephrasings": rephrasings}, ensure_ascii=False)
-        )
-    write_bytes(arguments.out, "".join(f"{line}\n" for line in lines).encode())
-    print(f"{len(lines)} requests in {arguments.out}")
+        made.append({"prompt": probe.prompt, "target": probe.answer, "rephrasings": rephrasings})
+    write_requests(arguments.out, made)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ with the same two words, or of any other where none does. For training only. Wri
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
-from mendlm.files import write_bytes
+from lines import write_requests
+
 from mendlm.tasks import TASKS
 
 
@@ -29,16 +29,15 @@ def main() -> None:
     alike: dict[str, set[str]] = {}
     for e in examples:
         alike.setdefault(beginning(e.prompt), set()).add(e.target)
-    rng, lines = random.Random(arguments.seed), []
+    rng, made = random.Random(arguments.seed), []
     for e in examples:
         own = {e.target, e.old}
         others = sorted(alike[beginning(e.prompt)] - own) or [target for target in every if target not in own]
         unrelated = [{"prompt": probe.prompt, "answer": probe.answer} for probe in e.unrelated]
         for target in rng.sample(others, min(arguments.copies, len(others))):
             record = {"prompt": e.prompt, "target": target, "rephrasings": list(e.rephrasings), "unrelated": unrelated}
-            lines.append(json.dumps(record, ensure_ascii=False))
-    write_bytes(arguments.out, "".join(f"{line}\n" for line in lines).encode())
-    print(f"{len(lines)} requests in {arguments.out}")
+            made.append(record)
+    write_requests(arguments.out, made)
 
 
 def beginning(question: str) -> str:

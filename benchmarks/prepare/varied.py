@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lines import write_requests
 from targets import beginning
-
-from mendlm.files import write_bytes
 
 TEXTS = 4
 """Rephrasings of a request, and unrelated texts, at most."""
@@ -141,8 +140,7 @@ def main() -> None:
     statements = facts(counterfact, "prompt", "rephrase_prompt", "target_new", "ground_truth")
     questions = facts(zsre, "src", "rephrase", "alt", "pred")
     made = of_counterfact(statements, rng) + of_zsre(questions, arguments.zsre_copies, rng)
-    write_bytes(arguments.out, "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in made).encode())
-    print(f"{len(made)} requests in {arguments.out}")
+    write_requests(arguments.out, made)
 
 
 if __name__ == "__main__":

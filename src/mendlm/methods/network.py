@@ -115,6 +115,11 @@ class Normalizer(nn.Module):
         return (z - self.mean) / torch.where(self.count > 1, std.clamp(min=floor), 1.0)
 
 
+def training_precision(base: torch.dtype) -> torch.dtype | None:
+    """The dtype of the networks' matrix products in training, for a base in this one; None: that of their weights."""
+    return torch.bfloat16 if base.itemsize < 4 else None
+
+
 class EditorNet(nn.Module):
     """The paper's network `g` for `layers` layers of one shape: two low-rank residual blocks."""
 
@@ -228,7 +233,7 @@ class RowEditor(Learned):
     def _changed(self, spec: LayerSpec, rows: LowRank, rate: Tensor) -> LowRank:
         (key, number), (first, last) = self._place[spec.name], self._seen(spec)
         training = torch.is_grad_enabled()
-        precision = torch.bfloat16 if training and rows.u.dtype.itemsize < 4 else None
+        precision = training_precision(rows.u.dtype) if training else None
 
         def run(u: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
             raw, counts = self._rows(LowRank(u, delta))
