@@ -30,7 +30,7 @@ def main() -> None:
     some = bench.requests(arguments.data_dir, 32)
     with torch.no_grad():
         edits = method.edits(model, formatter.batch([formatter.encode(e.prompt, e.target) for e in some])) * 1e-3
-    prompts = [formatter.encode(e.prompt, None) for e in some]
+    one, prompts = edits[:1].unbind()[0], [formatter.encode(e.prompt, None) for e in some]
 
     def generate(size: int, edit: Any) -> Any:
         def action() -> None:
@@ -39,14 +39,14 @@ def main() -> None:
 
         return action
 
-    sides = {f"{kind} {n}": generate(n, edit) for n in (1, 8) for kind, edit in (("none", None), ("one", edits[0].trimmed()))}
+    sides = {f"{kind} {n}": generate(n, edit) for n in (1, 8) for kind, edit in (("none", None), ("one", one))}
     sides |= {"none 32": generate(32, None), "own 32": generate(32, edits)}
     seconds = bench.interleaved(sides, arguments.rounds)
     result = {
         "one_edit_overhead": {str(n): seconds[f"one {n}"] / seconds[f"none {n}"] - 1 for n in (1, 8)},
         "own_edits_overhead": seconds["own 32"] / seconds["none 32"] - 1,
         "tokens_per_second": {name: int(name.split()[1]) * arguments.tokens / s for name, s in seconds.items()},
-        "rows": edits[0].trimmed().rows,
+        "rows": one.rows,
         "layers": len(method.specs),
         "dtype": str(model.dtype),
     }

@@ -130,11 +130,15 @@ def test_algebra_of_edits_is_that_of_their_matrices():
         len(edits[0])
 
 
-def test_trimmed_drops_exactly_the_rows_that_add_nothing():
+def test_unbind_drops_exactly_the_rows_that_add_nothing():
     u, delta = torch.tensor([[1.0, 2], [0, 0], [3, 4], [5, 6]]), torch.tensor([[1.0], [1], [0], [2]])
-    update = Edit({"a": LowRank(u, delta)}).trimmed().updates["a"]
-    assert torch.equal(update.u, u[[0, 3]])
-    assert torch.equal(update.delta, delta[[0, 3]])
+    other = torch.arange(6.0).reshape(2, 1, 3)
+    batch = Edit({"a": LowRank(torch.stack([u, 0 * u]), torch.stack([delta, delta])), "b": LowRank(other, other)})
+    first, second = batch.unbind()
+    assert torch.equal(first.updates["a"].u, u[[0, 3]])
+    assert torch.equal(first.updates["a"].delta, delta[[0, 3]])
+    assert second.updates["a"].rows == 0
+    assert [torch.equal(edit.updates["b"].u, mine) for edit, mine in zip((first, second), other, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize(("case", "dtype"), [("gpt2", torch.float32), ("llama", torch.float32), ("llama", torch.float64)])

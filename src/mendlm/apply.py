@@ -103,14 +103,21 @@ class Edit:
         """Sum each `size` consecutive edits of a batch: several requests edited at once."""
         return self._map(lambda update: update.grouped(size))
 
-    def trimmed(self) -> Edit:
-        """A single edit without its zero rows."""
+    def unbind(self) -> list[Edit]:
+        """A batch's edits one by one, each without its zero rows. The host waits for the device once."""
+        kept = {name: (update.u != 0).any(-1) & (update.delta != 0).any(-1) for name, update in self.updates.items()}
+        counts = torch.stack([rows.sum(-1) for rows in kept.values()]).tolist()
+        order = {name: (~rows).byte().argsort(stable=True) for name, rows in kept.items()}
 
-        def trim(update: LowRank) -> LowRank:
-            kept = (update.u != 0).any(-1) & (update.delta != 0).any(-1)
-            return LowRank(update.u[kept], update.delta[kept])
+        def only(index: int) -> Edit:
+            places = {name: order[name][index, : rows[index]] for name, rows in zip(kept, counts, strict=True)}
+            one = {
+                name: LowRank(update.u[index, places[name]], update.delta[index, places[name]])
+                for name, update in self.updates.items()
+            }
+            return replace(self, updates=one)
 
-        return self._map(trim)
+        return [only(index) for index in range(len(self))]
 
     @property
     def rows(self) -> int:
@@ -124,7 +131,8 @@ class Edit:
 
     def require_finite(self) -> Edit:
         """This edit, or `NumericalError` naming the layers with NaN or infinity."""
-        bad = [name for name, update in self.updates.items() if not update.isfinite()]
+        finite = torch.stack([update.isfinite() for update in self.updates.values()]).tolist()
+        bad = [name for name, good in zip(self.updates, finite, strict=True) if not good]
         if bad:
             raise NumericalError(f"the update of {', '.join(bad)} has NaN or infinite numbers; nothing was edited")
         return self

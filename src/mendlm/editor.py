@@ -90,8 +90,7 @@ class Editor:
         change = self.method.changed_base()
         for group in by_length([len(text) for text in texts], limit=batch_size):
             batch = self.method.edits(self.model, self.formatter.batch([texts[i] for i in group])) * scale
-            for place, index in enumerate(group):
-                own = batch[place].trimmed().require_finite()
+            for index, own in zip(group, batch.require_finite().unbind(), strict=True):
                 whole = own if change is None else change.detach() + own
                 edits[index] = replace(whole, about={**self._about(examples[index], scale, chat), **whole.about})
         return [edit for edit in edits if edit is not None]

@@ -350,7 +350,7 @@ class Evaluator:
             times.append(1000 * (time.perf_counter() - begun))
             if not isinstance(edit, Edit):
                 continue
-            change, own = self.method.changed_base(), edit[0].trimmed()
+            change, own = self.method.changed_base(), edit.unbind()[0]
             updates = (own if change is None else change.detach() + own).updates
             rank = max(rank_of(updates), max(update.rows for update in updates.values()))
             size = max(size, rank * sum(4 * sum(update.shape) for update in updates.values()))

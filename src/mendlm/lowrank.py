@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mendlm.errors import InputError
@@ -101,9 +101,9 @@ class LowRank:
         """The same rows outside any graph."""
         return LowRank(self.u.detach(), self.delta.detach())
 
-    def isfinite(self) -> bool:
-        """Whether every number is finite."""
-        return bool(self.u.isfinite().all() and self.delta.isfinite().all())
+    def isfinite(self) -> Bool[Tensor, ""]:
+        """Whether every number is finite; nothing waits for the answer."""
+        return self.u.isfinite().all() & self.delta.isfinite().all()
 
     def dot(self, other: LowRank) -> Float[Tensor, "*batch"]:
         """The Frobenius inner product, from the rows' Gram matrices: `<D'U, E'V> = sum((D E') * (U V'))`."""
