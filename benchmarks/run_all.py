@@ -20,6 +20,7 @@ from typing import Any
 HERE = Path(__file__).parent
 MEASURED = ("20m", "60m", "100m", "270m")
 """Shapes that any device measures, for what grows with the model's size."""
+KINDS = ("cpu", "cuda")
 SHAPES = ("1b", "7b", "t5-11b", "13b", "20b")
 TOY_SHAPES = ("toy", "toy-t5")
 SMALL_EDITOR = ("--rank", "256", "--batch", "16")
@@ -66,10 +67,10 @@ def main() -> None:
             run(name, "--shape", "toy" if arguments.toy else "1b", "--batch", "4", "--rounds", rounds, *common)
         if name == "training" and (arguments.toy or kind == "cuda"):  # on a CPU the oracle would take hours
             run(name, "--shape", "toy" if arguments.toy else "1b", "--rounds", rounds, *common, *toy)
-    found = {path.stem.removesuffix(f"-{kind}"): json.loads(path.read_text()) for path in _results(arguments.out, kind)}
-    if not found:
+    found = {kind: results(arguments.out, kind)} | {other: results(arguments.out, other) for other in KINDS if other != kind}
+    if not found[kind]:
         raise SystemExit(f"{arguments.out} holds no results of the kind '{kind}'; run the benchmarks first, or name --device")
-    (arguments.out / f"all-{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (arguments.out / f"all-{kind}.json").write_text(json.dumps(found[kind], indent=1) + "\n")
     publish(found, arguments.docs)
 
 
@@ -93,19 +94,27 @@ def run(name: str, *options: str, check: bool = True) -> None:
     subprocess.run([sys.executable, str(HERE / f"{name}.py"), *options], check=check, stdout=subprocess.DEVNULL)
 
 
-def _results(folder: Path, kind: str) -> list[Path]:
+def results(folder: Path, kind: str) -> dict[str, Any]:
+    """What the scripts found on one kind of device, by name."""
     shapes = (f"scale-{shape}{form}" for shape in (*TOY_SHAPES, *MEASURED, *SHAPES) for form in ("", "-nf4"))
     names = [*(name for name in TOY if name != "scale"), "floor-toy", "floor-1b", "training-toy", "training-1b", *shapes]
-    return [path for name in names if (path := folder / f"{name}-{kind}.json").is_file()]
+    paths = {name: folder / f"{name}-{kind}.json" for name in names}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
 
-def publish(found: dict[str, Any], docs: Path) -> None:
-    """Replace what stands between the pages' marks `<!-- name -->` and `<!-- end -->` by tables of the results, and draw."""
+def publish(kinds: dict[str, dict[str, Any]], docs: Path) -> None:
+    """Replace what stands between the pages' marks `<!-- name -->` and `<!-- end -->` by tables of the results, and draw.
+
+    The first kind of device is the one that is shown; the ratios stand beside the other's, and large shapes are shown as
+    they were measured on either.
+    """
+    large = {name: result for name, result in kinds["cuda"].items() if name.startswith("scale-") and "peak_gb" in result}
+    found = next(iter(kinds.values())) | {name: result for name, result in large.items() if result["shape"] in SHAPES}
+    tables = {name: table(found) for name, table in TABLES.items()} | {"claims": claims_table(kinds)}
     for page in (docs / "performance.md", docs / "results.md"):
         text = page.read_text(encoding="utf-8")
-        for name, table in TABLES.items():
+        for name, rows in tables.items():
             before, mark, rest = text.partition(f"<!-- {name} -->\n")
-            rows = table(found)
             if mark and rows:
                 text = before + mark + rows + "<!-- end -->" + rest.partition("<!-- end -->")[2]
         page.write_text(text, encoding="utf-8")
@@ -215,16 +224,23 @@ CLAIMS: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-def claims_table(found: dict[str, Any]) -> str:
-    """Each ratio beside its bar."""
-    lines = ["| ratio | measured | wanted |", "|---|---|---|"]
+def claims_table(kinds: dict[str, dict[str, Any]]) -> str:
+    """Each ratio on each kind of device that has results, beside its bar."""
+    kinds = {kind: found for kind, found in kinds.items() if found}
+    lines = [f"| ratio | {' | '.join(f'measured ({kind})' for kind in kinds)} | wanted |", "|---" * (len(kinds) + 2) + "|"]
     for script, key, what, bar in CLAIMS:
-        value: Any = found.get(script)
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            lines.append(f"| {what} | {value:.3g} | {bar} |")
+        values = [number(found.get(script), key) for found in kinds.values()]
+        if any(value is not None for value in values):
+            cells = ["-" if value is None else f"{value:.3g}" for value in values]
+            lines.append(f"| {what} | {' | '.join(cells)} | {bar} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def number(result: Any, key: str) -> float | None:
+    """What stands in a result under a path of names with dots between them; None where there is nothing."""
+    for part in key.split("."):
+        result = result.get(part) if isinstance(result, dict) else None
+    return result
 
 
 def drawing(panels: int) -> Any:
@@ -316,7 +332,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "scale": scale_table,
     "sizes": sizes_table,
     "floor": floor_table,
-    "claims": claims_table,
     "quantised": quantised_table,
 }
 PICTURES: dict[str, Callable[[dict[str, Any]], Any]] = {

@@ -181,6 +181,31 @@ def test_all_benchmarks_run_and_are_published(tmp_path: Path, monkeypatch: pytes
     assert _without_tables(page) == _without_tables((BENCHMARKS.parent / "docs" / "performance.md").read_text())
 
 
+def test_a_card_is_shown_beside_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    driver = importlib.import_module("run_all")
+    for page in ("performance.md", "results.md"):
+        (tmp_path / page).write_text("<!-- claims -->\nold\n<!-- end -->, <!-- scale -->\n<!-- end -->.")
+    plan = {"total": 9e9, "flops": 1e12, "base": 2e9, "fits_gb": [16]}
+    shape = {"shape": "1b", "base": "bf16", "plan": plan}
+    seen = {"peak_gb": 8.5, "seconds_per_step": {"median": 0.5}, "hours_for_100000_edits": 2.0, "edit_ms": {"p50": 7}}
+    card = {
+        "scale-1b": shape | seen | {"machine": {"device": "a card"}},
+        "replay": {"ratio": 0.25},
+        "memory": {"peak_over_floor": 2},
+    }
+    driver.publish({"cpu": {"scale-1b": shape, "replay": {"ratio": 0.125}, "startup": {}}, "cuda": card}, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    for row in (
+        "| ratio | measured (cpu) | measured (cuda) | wanted |",
+        "| peak memory of training over base, editor state and one batch's activations | - | 2 |  |",
+        "| a replayed pass over a full one, last 3 of 30 blocks | 0.125 | 0.25 | at most 0.2 |",
+        "| 1b | bf16 | 9.0 | 16 | 1.00 | 8.5 GB, 0.50 s a step, 2.00 h for 100,000 edits, edit 7 ms (a card) |",
+    ):
+        assert row in text
+    assert "old" not in text
+
+
 def _without_tables(page: str) -> str:
     return re.sub(r"(<!-- \w+ -->).*?<!-- end -->", r"\1", page, flags=re.DOTALL)
 
