@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train the starter model's editors as they are shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
-# DATA_DIR holds the files that benchmarks/prepare/data.py checks. RUN is the starter editor; the first two of its three trainings
-# lie in RUN-first and RUN-second. RUN-many is starter-many, from RUN, by way of RUN-together, RUN-both and RUN-longer. RUN-varied
-# is a fourth training that is not shipped (docs/LOG.md). What was interrupted goes on when the same command is given again.
+# DATA_DIR holds the files that benchmarks/prepare/data.py checks. RUN is the starter editor; the first five of its six trainings
+# lie in RUN-first, RUN-second, RUN-third, RUN-varied and RUN-questions. RUN-many is starter-many, from RUN-third, by way of
+# RUN-together, RUN-both and RUN-longer. What was interrupted goes on when the same command is given again.
 set -euo pipefail
 here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
 
@@ -27,15 +27,21 @@ prepare targets.py zsre-retargeted.jsonl --data-dir "$data"
 continued="records:$cache/counterfact-continued.jsonl"
 train "$run-first" starter.toml "counterfact:$data/counterfact-train.json" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}"
 train "$run-second" starter-continued.toml "$continued" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}" --from "$run-first"
-train "$run" starter-chat.toml "$continued" "${zsre[@]}" --data "records:$cache/zsre-retargeted.jsonl" --from "$run-second"
+train "$run-third" starter-chat.toml "$continued" "${zsre[@]}" --data "records:$cache/zsre-retargeted.jsonl" --from "$run-second"
 both=("${zsre[@]}" --data "records:$cache/zsre-retargeted.jsonl")
-train "$run-together" starter-together.toml "$continued" "${both[@]}" --from "$run"
+train "$run-together" starter-together.toml "$continued" "${both[@]}" --from "$run-third"
 train "$run-both" starter-many.toml "$continued" "${both[@]}" --from "$run-together"
 train "$run-longer" starter-many.toml "$continued" "${both[@]}" --from "$run-both" --set steps=800
 gentler=(--set steps=520 --set learning_rate=5e-4 --set locality_weight=5)
 train "$run-many" starter-many.toml "$continued" "${both[@]}" --from "$run-longer" "${gentler[@]}"
 
+# The other requests of the last trainings, with zsRE's own questions more often each time.
 prepare varied.py varied.jsonl --data-dir "$data"
+prepare varied.py varied-again.jsonl --data-dir "$data" --zsre-copies 2 --seed 1
 prepare invented.py invented.jsonl
-varied=(--data "records:$cache/varied.jsonl" "${both[@]}" --data "records:$cache/invented.jsonl")
-train "$run-varied" starter-varied.toml "$continued" "${varied[@]}" --from "$run"
+invented=(--data "records:$cache/invented.jsonl")
+again=(--data "records:$cache/varied-again.jsonl" "${invented[@]}" "${both[@]}" "${both[@]}" "${zsre[@]}" "${zsre[@]}")
+train "$run-varied" starter-varied.toml "$continued" --data "records:$cache/varied.jsonl" "${both[@]}" "${invented[@]}" --from "$run-third"
+train "$run-questions" starter-varied.toml "$continued" "${again[@]}" --from "$run-varied" --set steps=450
+last=(--set steps=290 --set learning_rate=8e-4 --set locality_weight=3.5 --set seed=1)
+train "$run" starter-varied.toml "$continued" "${again[@]}" "${both[@]}" "${zsre[@]}" --from "$run-questions" "${last[@]}"
