@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 MEASURED = ("20m", "60m", "100m", "270m")
 """Shapes that any device measures, for what grows with the model's size."""
 KINDS = ("cpu", "cuda")
+"""What results are named by."""
 SHAPES = ("1b", "7b", "t5-11b", "13b", "20b")
 TOY_SHAPES = ("toy", "toy-t5")
 SMALL_EDITOR = ("--rank", "256", "--batch", "16")

@@ -110,12 +110,11 @@ class Edit:
         order = {name: (~rows).byte().argsort(stable=True) for name, rows in kept.items()}
 
         def only(index: int) -> Edit:
-            places = {name: order[name][index, : rows[index]] for name, rows in zip(kept, counts, strict=True)}
-            one = {
-                name: LowRank(update.u[index, places[name]], update.delta[index, places[name]])
-                for name, update in self.updates.items()
-            }
-            return replace(self, updates=one)
+            updates = {}
+            for (name, update), rows in zip(self.updates.items(), counts, strict=True):
+                places = order[name][index, : rows[index]]
+                updates[name] = LowRank(update.u[index, places], update.delta[index, places])
+            return replace(self, updates=updates)
 
         return [only(index) for index in range(len(self))]
 
