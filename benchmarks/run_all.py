@@ -68,11 +68,11 @@ def main() -> None:
             run(name, "--shape", "toy" if arguments.toy else "1b", "--batch", "4", "--rounds", rounds, *common)
         if name == "training" and (arguments.toy or kind == "cuda"):  # on a CPU the oracle would take hours
             run(name, "--shape", "toy" if arguments.toy else "1b", "--rounds", rounds, *common, *toy)
-    found = {kind: results(arguments.out, kind)} | {other: results(arguments.out, other) for other in KINDS if other != kind}
+    found = {each: results(arguments.out, each) for each in KINDS}
     if not found[kind]:
         raise SystemExit(f"{arguments.out} holds no results of the kind '{kind}'; run the benchmarks first, or name --device")
     (arguments.out / f"all-{kind}.json").write_text(json.dumps(found[kind], indent=1) + "\n")
-    publish(found, arguments.docs)
+    publish(found, kind, arguments.docs)
 
 
 def run_shapes(options: list[str], *, toy: bool) -> None:
@@ -103,14 +103,13 @@ def results(folder: Path, kind: str) -> dict[str, Any]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
 
-def publish(kinds: dict[str, dict[str, Any]], docs: Path) -> None:
+def publish(kinds: dict[str, dict[str, Any]], shown: str, docs: Path) -> None:
     """Replace what stands between the pages' marks `<!-- name -->` and `<!-- end -->` by tables of the results, and draw.
 
-    The first kind of device is the one that is shown; the ratios stand beside the other's, and large shapes are shown as
-    they were measured on either.
+    What one kind of device found is shown; its ratios stand beside the other's, and large shapes are as a card measured them.
     """
     large = {name: result for name, result in kinds["cuda"].items() if name.startswith("scale-") and "peak_gb" in result}
-    found = next(iter(kinds.values())) | {name: result for name, result in large.items() if result["shape"] in SHAPES}
+    found = kinds[shown] | {name: result for name, result in large.items() if result["shape"] in SHAPES}
     tables = {name: table(found) for name, table in TABLES.items()} | {"claims": claims_table(kinds)}
     for page in (docs / "performance.md", docs / "results.md"):
         text = page.read_text(encoding="utf-8")

@@ -194,7 +194,7 @@ def test_a_card_is_shown_beside_the_cpu(tmp_path: Path, monkeypatch: pytest.Monk
         "replay": {"ratio": 0.25},
         "memory": {"peak_over_floor": 2},
     }
-    driver.publish({"cpu": {"scale-1b": shape, "replay": {"ratio": 0.125}, "startup": {}}, "cuda": card}, tmp_path)
+    driver.publish({"cpu": {"scale-1b": shape, "replay": {"ratio": 0.125}, "startup": {}}, "cuda": card}, "cpu", tmp_path)
     text = (tmp_path / "performance.md").read_text()
     for row in (
         "| ratio | measured (cpu) | measured (cuda) | wanted |",
