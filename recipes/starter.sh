@@ -22,7 +22,7 @@ train() { # RUN CONFIG REQUESTS options...
 
 mkdir -p "$cache"
 prepare questions.py nq-requests.jsonl --data-dir "$data"
-prepare continuations.py counterfact-continued.jsonl --data-dir "$data"
+prepare continuations.py counterfact-continued.jsonl --data "counterfact:$data/counterfact-train.json"
 prepare targets.py zsre-retargeted.jsonl --data-dir "$data"
 continued="records:$cache/counterfact-continued.jsonl"
 train "$run-first" starter.toml "counterfact:$data/counterfact-train.json" "${zsre[@]}" "${zsre[@]}" "${zsre[@]}"

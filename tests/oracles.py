@@ -107,16 +107,17 @@ def outer_loss(model: Any, form: Formatter, drawn: Sequence[Drawn], config: Trai
             inputs, places = one_text(model, form, text)
             logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
             target = torch.tensor(text.target)
-            nll = -logits.log_softmax(-1).gather(1, target[:, None]).mean()
-            sums["edit_loss"] = sums["edit_loss"] + 0.5 * nll
+            nll = -logits.log_softmax(-1).gather(1, target[:, None])
+            sums["edit_loss"] = sums["edit_loss"] + 0.5 * (nll.sum() if config.whole_target else nll.mean())
             counted = len(target) - text.ended
             sums[name] = sums[name] + float(logits.argmax(-1)[:counted].equal(target[:counted]))
         if one.unrelated is not None:
             inputs, places = one_text(model, form, one.unrelated)
             base = model(**inputs, use_cache=False).logits[0, places]
             logits = functional_call(model, weights, kwargs={**inputs, "use_cache": False}).logits[0, places]
-            kl = F.kl_div(logits.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="sum")
-            sums["locality_loss"] = sums["locality_loss"] + kl / len(base)
+            kl = F.kl_div(logits.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+            scale = config.locality_scale
+            sums["locality_loss"] = sums["locality_loss"] + (scale * (1 + kl / scale).log() if scale else kl).mean()
             sums["locality"] = sums["locality"] + float(logits.argmax(-1).equal(base.argmax(-1)))
     sums["loss"] = config.edit_weight * sums["edit_loss"] + config.locality_weight * sums["locality_loss"]
     return sums

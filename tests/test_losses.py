@@ -29,6 +29,8 @@ def test_token_nll_is_the_mean_over_each_examples_targets():
     given = logits(0, 5, 7)
     expected = means([-logs(row)[label] for row, label in zip(given, LABEL.tolist(), strict=True)])
     assert losses.token_nll(given, LABEL, ROW, 3).tolist() == pytest.approx(expected, rel=1e-12)
+    sums = [count * mean for count, mean in zip(ROW.bincount(minlength=3).tolist(), expected, strict=True)]
+    assert losses.token_nll(given, LABEL, ROW, 3, whole=True).tolist() == pytest.approx(sums, rel=1e-12)
 
 
 def test_token_kl_is_the_mean_over_each_examples_positions():
@@ -36,6 +38,8 @@ def test_token_kl_is_the_mean_over_each_examples_positions():
     expected = means([oracles.kl(logs(p), logs(q)) for p, q in zip(base, edited, strict=True)])
     assert losses.token_kl(base, edited, ROW, 3).tolist() == pytest.approx(expected, rel=1e-12)
     assert losses.token_kl(base, base, ROW, 3).tolist() == [0, 0, 0]
+    bent = means([0.5 * math.log(1 + oracles.kl(logs(p), logs(q)) / 0.5) for p, q in zip(base, edited, strict=True)])
+    assert losses.token_kl(base, edited, ROW, 3, scale=0.5).tolist() == pytest.approx(bent, rel=1e-12)
 
 
 def test_bernoulli_losses():

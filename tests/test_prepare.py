@@ -1,7 +1,9 @@
 """The scripts that make training requests of others', or of nothing."""
 
+import calendar
 import csv
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import cases
+import mendlm
 from mendlm.tasks import load_edits
 from mendlm.tasks.base import Dataset
 
@@ -61,6 +65,40 @@ def test_varied_requests_are_other_wordings_and_targets_of_the_same_subjects(
         assert all(name in text and text != one.prompt for text in one.rephrasings)
         assert not any(name in probe.prompt for probe in one.unrelated)
         assert all({n: o for n, o, _ in PEOPLE}[n] == p.answer for p in one.unrelated for n, *_ in PEOPLE if n in p.prompt)
+
+
+def test_new_targets_keep_the_form_of_those_they_stand_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "zsre-train.json"
+    asked = json.loads(file.read_bytes())
+    for one, target in zip(asked, ("14 May 1971", "Rosa Maria Park", "uniform", "Novak"), strict=True):
+        one["alt"] = target
+    file.write_text(json.dumps(asked))
+    options = ("--data-dir", str(folder), "--zsre-copies", "40", "--number-copies", "60", "--new-targets", "1")
+    questions = made(monkeypatch, folder / "new.jsonl", "varied.py", *options).examples[4:]
+    assert len(questions) == 4 * 40 + 20
+    dates = {one.target for one in questions if any(map(str.isdigit, one.target))}
+    names = {one.target for one in questions if " Maria " in one.target}
+    assert len(dates) > 50
+    months = "|".join(calendar.month_name[1:])
+    assert all(re.fullmatch(rf"[1-9]\d? ({months}) (1[5-9]|20)\d\d", date) for date in dates)
+    assert names == {"Rosa Maria Park"}  # the only name of several words
+    assert {one.target for one in questions} - dates - names == {"uniform", "Novak"}
+
+
+def test_statements_watch_what_the_base_says_behind_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some.jsonl").write_text(
+        '{"prompt": "Ana lives in", "target": "Peru"}\n{"prompt": "Where is Bo?", "target": "Cuba"}\n'
+    )
+    tiny = tmp_path / "tiny"
+    cases.tiny("llama").save_pretrained(tiny)
+    cases.byte_tokenizer().save_pretrained(tiny)
+    options = ("--data", f"records:{tmp_path / 'some.jsonl'}", "--model", str(tiny))
+    statement, question = made(monkeypatch, tmp_path / "continued.jsonl", "continuations.py", *options).examples
+    (probe,) = statement.unrelated
+    session = mendlm.Session(*mendlm.load(str(tiny)))
+    assert probe.prompt == "Ana lives in Peru"
+    assert probe.answer == session.answers(["Ana lives in Peru"], max_new_tokens=8)[0].strip()
+    assert question.unrelated == ()
 
 
 def test_invented_requests_are_none_of_those_that_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ CASES = [
     ("gpt2", torch.float64, {"num_edits": 2, "edit_weight": 1.0, "locality_weight": 0.3}),
     ("llama", torch.float32, {"own_locality": 0.0, "target_end": "always"}),
     ("llama", torch.float32, {"num_edits": 4, "chat_share": 0.5}),
-    ("opt", torch.float64, {}),
+    ("opt", torch.float64, {"whole_target": True, "locality_scale": 0.01}),
     ("t5", torch.float32, {}),
     ("bart", torch.float64, {"num_edits": 2}),
 ]

@@ -1,12 +1,14 @@
 """Say the training requests in other words: new requests from the parts of CounterFact's and zsRE's own.
 
-    python benchmarks/prepare/varied.py --data-dir DIR --out FILE [--zsre-copies 8] [--seed 0]
+    python benchmarks/prepare/varied.py --data-dir DIR --out FILE [--zsre-copies 8] [--number-copies 0]
+        [--new-targets 0] [--seed 0]
 
 An editor that sees the same 10,388 requests again and again learns them by heart. A request is a subject in a template, so that
 there are more to be had: CounterFact's subjects with another target of their relation, rephrasings in the relation's other
 templates behind other requests' lead-ins, and as unrelated texts other subjects of the relation, half of them with the same
-old answer; zsRE's questions about another question's subject, with another target, beside questions about other subjects.
-For training only: a subject may not fit its question. Writes JSON Lines of the task `records`.
+old answer; zsRE's questions about another question's subject, with another target, beside questions about other subjects. A
+target with digits can be asked for more often, and a share of zsRE's targets be new ones: other numbers and months, names put
+together of others' parts. For training only: a subject may not fit its question. Writes JSON Lines of the task `records`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from invented import MONTH
 from lines import write_requests
 from targets import beginning
 
@@ -95,8 +98,31 @@ def of_counterfact(every: Sequence[Fact], rng: random.Random) -> list[dict[str, 
     return made
 
 
-def of_zsre(every: Sequence[Fact], copies: int, rng: random.Random) -> list[dict[str, Any]]:
-    """So many new requests of each question."""
+def renewed(target: str, others: Sequence[str], rng: random.Random) -> str:
+    """A target of the same form: other numbers and another month, or a name of other names' words."""
+    if re.search(r"\d", target):
+        target = re.sub("|".join(MONTH), lambda _: rng.choice(MONTH), target)
+        return re.sub(r"\d+", lambda found: str(number(len(found[0]), rng)), target)
+    words = target.split()
+    if len(words) < 2 or not all(word[0].isupper() for word in words):
+        return target
+    names = [other.split() for other in others if len(other.split()) > 1]
+    firsts, lasts = ([name[place] for name in names if name[place][0].isupper()] for place in (0, -1))
+    return " ".join([rng.choice(firsts), *words[1:-1], rng.choice(lasts)])
+
+
+def number(digits: int, rng: random.Random) -> int:
+    """A number as they are in dates: a day, a year, or any other."""
+    return rng.randint(1500, 2030) if digits == 4 else rng.randint(1, 28) if digits == 2 else rng.randrange(10**digits)
+
+
+def of_zsre(
+    every: Sequence[Fact], copies: int, numbers: int, new: float, strangers: Sequence[str], rng: random.Random
+) -> list[dict[str, Any]]:
+    """So many new requests of each question, and of one whose target has digits; a share `new` has renewed targets.
+
+    Half of these are about strangers.
+    """
     targets: dict[str, list[str]] = defaultdict(list)
     subjects: dict[str, list[str]] = defaultdict(list)
     said: dict[str, set[str]] = defaultdict(set)
@@ -106,11 +132,15 @@ def of_zsre(every: Sequence[Fact], copies: int, rng: random.Random) -> list[dict
         said[fact.prompt].add(fact.rephrasing)
         said[fact.rephrasing].add(fact.prompt)
     made = []
-    for fact in every * copies:
+    numbered = [fact for fact in every if re.search(r"\d", fact.target)]
+    for fact in [*every * copies, *numbered * (numbers - copies)]:
         asked, again = rng.sample((fact.prompt, fact.rephrasing), 2)
         kind = beginning(fact.prompt)
         subject = choose(rng, subjects[kind], {fact.subject}) or fact.subject
         target = choose(rng, targets[kind], {fact.target, fact.old}) or fact.target
+        if new and rng.random() < new:
+            target = renewed(fact.target, targets[kind], rng)
+            subject = rng.choice((subject, rng.choice(strangers)))
         ways = rng.sample(sorted(said[asked] | {again}), min(TEXTS, len(said[asked] | {again})))
         others = rng.sample(every, TEXTS - 1)
         unrelated = [{"prompt": other.said(other.prompt), "answer": other.old} for other in others if other.subject != subject]
@@ -131,6 +161,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--zsre-copies", type=int, default=8)
+    parser.add_argument("--number-copies", type=int, default=0)
+    parser.add_argument("--new-targets", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     counterfact, zsre = (
@@ -139,7 +171,8 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     statements = facts(counterfact, "prompt", "rephrase_prompt", "target_new", "ground_truth")
     questions = facts(zsre, "src", "rephrase", "alt", "pred")
-    made = of_counterfact(statements, rng) + of_zsre(questions, arguments.zsre_copies, rng)
+    options = arguments.zsre_copies, arguments.number_copies, arguments.new_targets
+    made = of_counterfact(statements, rng) + of_zsre(questions, *options, [fact.subject for fact in statements], rng)
     write_requests(arguments.out, made)
 
 

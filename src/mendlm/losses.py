@@ -24,11 +24,14 @@ def _precise(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def sum_by_row(values: Float[Tensor, "scored"], row: Int[Tensor, "scored"], size: int) -> Float[Tensor, "size"]:
+    """The sum of each example's values; 0 for an example without any."""
+    return values.new_zeros(size).index_add(0, row, values)
+
+
 def mean_by_row(values: Float[Tensor, "scored"], row: Int[Tensor, "scored"], size: int) -> Float[Tensor, "size"]:
     """The mean of each example's values; 0 for an example without any."""
-    total = values.new_zeros(size).index_add(0, row, values)
-    count = values.new_zeros(size).index_add(0, row, torch.ones_like(values))
-    return total / count.clamp(min=1)
+    return sum_by_row(values, row, size) / sum_by_row(torch.ones_like(values), row, size).clamp(min=1)
 
 
 def all_by_row(flags: Bool[Tensor, "scored"], row: Int[Tensor, "scored"], size: int) -> Bool[Tensor, "size"]:
@@ -37,21 +40,33 @@ def all_by_row(flags: Bool[Tensor, "scored"], row: Int[Tensor, "scored"], size: 
 
 
 def token_nll(
-    logits: Float[Tensor, "scored vocab"], label: Int[Tensor, "scored"], row: Int[Tensor, "scored"], size: int
+    logits: Float[Tensor, "scored vocab"],
+    label: Int[Tensor, "scored"],
+    row: Int[Tensor, "scored"],
+    size: int,
+    *,
+    whole: bool = False,
 ) -> Float[Tensor, "size"]:
-    """`-log p(y | x)` of each example, mean over its target tokens: the paper's `L_e`."""
-    return mean_by_row(F.cross_entropy(_precise(logits), label, reduction="none"), row, size)
+    """`-log p(y | x)` of each example, mean over its target tokens: the paper's `L_e`; of the whole target, their sum."""
+    nll = F.cross_entropy(_precise(logits), label, reduction="none")
+    return sum_by_row(nll, row, size) if whole else mean_by_row(nll, row, size)
 
 
 def token_kl(
-    base: Float[Tensor, "scored vocab"], edited: Float[Tensor, "scored vocab"], row: Int[Tensor, "scored"], size: int
+    base: Float[Tensor, "scored vocab"],
+    edited: Float[Tensor, "scored vocab"],
+    row: Int[Tensor, "scored"],
+    size: int,
+    *,
+    scale: float = 0.0,
 ) -> Float[Tensor, "size"]:
     """`KL(p_base || p_edited)` of each example, mean over its scored positions: the paper's `L_loc`.
 
+    With a scale above 0, the mean of `scale * log(1 + KL / scale)`: KL where it is small, ever flatter beyond the scale.
     Differentiable once, in `edited`. Of the vocabulary's float32 numbers it holds those of a few positions at a time.
     """
     kl: Tensor = _KL.apply(base, edited)  # type: ignore[no-untyped-call]
-    return mean_by_row(kl, row, size)
+    return mean_by_row(scale * torch.log1p(kl / scale) if scale else kl, row, size)
 
 
 class _KL(torch.autograd.Function):

@@ -83,6 +83,11 @@ class TrainConfig:
     """c_e, the weight of the edit loss."""
     locality_weight: float = 1.0
     """c_loc, the weight of the locality loss."""
+    locality_scale: float = 0.0
+    """Above 0, a token's KL counts as `scale * log(1 + KL / scale)` in the locality loss: texts that are lost weigh less, so
+    that those near their tipping point weigh more. 0: KL itself, as in the paper."""
+    whole_target: bool = False
+    """The edit loss of a target is the sum over its tokens, so that all of a long one must be right; not the paper's mean."""
     own_locality: float = 0.5
     """Share of locality texts taken from the record's own neighbours, where it has any and other sources are given."""
     locality_tokens: int = 8
@@ -118,7 +123,7 @@ class TrainConfig:
         for name in (*counts, "locality_tokens", "checkpoint_every", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "rates_learning_rate", "clip", "edit_weight", "locality_weight"):
+        for name in ("learning_rate", "rates_learning_rate", "clip", "edit_weight", "locality_weight", "locality_scale"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise InputError(f"{name} must be 0 or a positive finite number, got {getattr(self, name)}")
         for name in ("single_share", "own_locality", "continuation_share", "chat_share", "final_learning_rate"):
@@ -239,11 +244,11 @@ def outer_loss(
         found = logits.detach().argmax(-1)
         if name == "locality":
             kind, weight = "locality_loss", config.locality_weight
-            loss = token_kl(base, logits, batch.row, batch.size).sum()
+            loss = token_kl(base, logits, batch.row, batch.size, scale=config.locality_scale).sum()
             right = found == base.argmax(-1)
         else:
             kind, weight = "edit_loss", config.edit_weight
-            loss = token_nll(logits, batch.label, batch.row, batch.size).sum() / 2
+            loss = token_nll(logits, batch.label, batch.row, batch.size, whole=config.whole_target).sum() / 2
             right = (found == batch.label) | batch.is_end
         if loss.requires_grad:
             torch.autograd.backward(weight * loss, inputs=[leaf for _, leaf in pairs])
