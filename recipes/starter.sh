@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train the starter model's editors as they are shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
-# DATA_DIR holds the files that benchmarks/prepare/data.py checks. RUN is the starter editor; the first five of its six trainings
-# lie in RUN-first, RUN-second, RUN-third, RUN-varied and RUN-questions. RUN-many is starter-many, from RUN-third, by way of
-# RUN-together, RUN-both and RUN-longer. What was interrupted goes on when the same command is given again.
+# DATA_DIR holds the files that benchmarks/prepare/data.py checks. RUN is the starter editor; the first seven of its eight
+# trainings lie in RUN-first, RUN-second, RUN-third, RUN-varied, RUN-questions, RUN-statements and RUN-whole. RUN-many is starter-many, from RUN-third, by way of
+# RUN-together, RUN-both and RUN-longer. `scripts/ship_editor.py starter RUN 1.07` makes the file that is shipped. What was interrupted goes on when the same command is given again.
 set -euo pipefail
 here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
 
@@ -43,5 +43,16 @@ invented=(--data "records:$cache/invented.jsonl")
 again=(--data "records:$cache/varied-again.jsonl" "${invented[@]}" "${both[@]}" "${both[@]}" "${zsre[@]}" "${zsre[@]}")
 train "$run-varied" starter-varied.toml "$continued" --data "records:$cache/varied.jsonl" "${both[@]}" "${invented[@]}" --from "$run-third"
 train "$run-questions" starter-varied.toml "$continued" "${again[@]}" --from "$run-varied" --set steps=450
-last=(--set steps=290 --set learning_rate=8e-4 --set locality_weight=3.5 --set seed=1)
-train "$run" starter-varied.toml "$continued" "${again[@]}" "${both[@]}" "${zsre[@]}" --from "$run-questions" "${last[@]}"
+statements=(--set steps=290 --set learning_rate=8e-4 --set locality_weight=3.5 --set seed=1)
+again+=("${both[@]}" "${zsre[@]}")
+train "$run-statements" starter-varied.toml "$continued" "${again[@]}" --from "$run-questions" "${statements[@]}"
+
+# Targets counted whole, and a locality loss that lets go of lost texts; then zsRE with other dates and names, too.
+prepare varied.py varied-fresh.jsonl --data-dir "$data" --zsre-copies 6 --number-copies 24 --new-targets 0.7 --seed 2
+prepare continuations.py invented-continued.jsonl --data "records:$cache/invented.jsonl"
+whole=(--set learning_rate=8e-4 --set whole_target=true)
+first=(--set steps=95 --set locality_weight=10 --set locality_scale=0.1 --set seed=2)
+train "$run-whole" starter-varied.toml "$continued" "${again[@]}" --from "$run-statements" "${whole[@]}" "${first[@]}"
+fresh=(--data "records:$cache/varied-fresh.jsonl" --data "records:$cache/invented-continued.jsonl" "${both[@]}" "${both[@]}" "${zsre[@]}")
+last=(--set steps=360 --set locality_weight=16 --set locality_scale=0.3 --set seed=3)
+train "$run" starter-varied.toml "$continued" "${fresh[@]}" --from "$run-whole" "${whole[@]}" "${last[@]}"
