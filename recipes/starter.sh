@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Train the starter model's editors as they are shipped:  recipes/starter.sh DATA_DIR RUN TRUNK_CACHE_DIR [--seed N]
 # DATA_DIR holds the files that benchmarks/prepare/data.py checks. RUN is the starter editor; the first seven of its eight
-# trainings lie in RUN-first, RUN-second, RUN-third, RUN-varied, RUN-questions, RUN-statements and RUN-whole. RUN-many is starter-many, from RUN-third, by way of
-# RUN-together, RUN-both and RUN-longer. `scripts/ship_editor.py starter RUN 1.07` makes the file that is shipped. What was interrupted goes on when the same command is given again.
+# trainings lie in RUN-first, RUN-second, RUN-third, RUN-varied, RUN-questions, RUN-statements and RUN-whole, and
+# `scripts/ship_editor.py starter RUN 1.07` makes the shipped file of it. RUN-many is starter-many, from RUN-third, by way of
+# RUN-together, RUN-both and RUN-longer. What was interrupted goes on when the same command is given again.
 set -euo pipefail
 here=$(dirname "$0") data=$1 run=$2 cache=$3 options=("${@:4}")
 
