@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.nn import functional as F
 
 from mendlm.apply import Edit, side_by_side
 from mendlm.errors import InputError
+from mendlm.losses import token_nll
 from mendlm.metrics import continues
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import Fields, Probe, Task
@@ -185,9 +185,9 @@ class _Both:
         for group in by_length([len(texts[i]) for i in some], limit=16):
             batch = self.formatter.batch([texts[some[i]] for i in group] * 2)
             with self._under(len(group)):
-                nll = F.cross_entropy(scored_logits(self.model, batch).float(), batch.label, reduction="none")
-            totals = nll.new_zeros(batch.size).index_add(0, batch.row, nll).tolist()
-            for place, total in enumerate(totals):
+                logits = scored_logits(self.model, batch)
+            totals = token_nll(logits, batch.label, batch.row, batch.size, whole=True)
+            for place, total in enumerate(totals.tolist()):
                 index = some[group[place % len(group)]]
                 found[place // len(group)][index] = math.exp(-total / len(texts[index].target))
         return found

@@ -36,7 +36,7 @@ def mean_by_row(values: Float[Tensor, "scored"], row: Int[Tensor, "scored"], siz
 
 def all_by_row(flags: Bool[Tensor, "scored"], row: Int[Tensor, "scored"], size: int) -> Bool[Tensor, "size"]:
     """Whether all of each example's flags are set; True for an example without any."""
-    return torch.zeros(size, device=flags.device).index_add(0, row, (~flags).float()) == 0
+    return sum_by_row((~flags).float(), row, size) == 0
 
 
 def token_nll(
