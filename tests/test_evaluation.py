@@ -386,9 +386,20 @@ def test_chunks_and_batches_do_not_matter() -> None:
         assert [p["kept"] for p in mine["locality"]] == [p["kept"] for p in its["locality"]]
 
 
-def test_left_over_requests_of_the_last_group_are_said(tmp_path: Path) -> None:
-    results = run(trained("llama"), config=replace(CONFIG, num_edits=4, generate=False))
-    assert (results.summary["count"], results.summary["unused"], len(results.rows)) == (4, 2, 4)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_first_requests_fill_up_the_last_group(sequential: bool) -> None:
+    config = replace(CONFIG, num_edits=4, sequential=sequential, generate=False)
+    told: list[tuple[int, int]] = []
+    results = run(trained("llama"), config=config, callback=lambda *numbers: told.append(numbers))
+    assert (results.summary["count"], results.summary["filled"], len(results.rows)) == (6, 2, 6)
+    assert told[-1] == (6, 6)
+    last = run(trained("llama"), config=config, data=replace(DATA, examples=(*EXAMPLES[4:], *EXAMPLES[:2])))
+    assert last.summary["filled"] == 0
+    for mine, its in zip(results.rows[4:], last.rows[:2], strict=True):
+        assert mine | {"index": 0} == its | {"index": 0}
+
+
+def test_a_group_larger_than_the_data_is_refused() -> None:
     with pytest.raises(InputError, match="6 requests, fewer than num_edits 7"):
         run(trained("llama"), config=replace(CONFIG, num_edits=7))
 

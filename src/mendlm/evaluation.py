@@ -44,7 +44,7 @@ class EvaluationConfig:
     """How to evaluate."""
 
     num_edits: int = 1
-    """Requests edited together; each is scored under all edits of its group."""
+    """Requests edited together; each is scored under all edits of its group. The first requests fill up the last group."""
     sequential: bool = False
     """Make a group's edits one after another, each on the model that the earlier ones left; else at once, summed."""
     chat: bool = False
@@ -387,7 +387,8 @@ def evaluate(
 
     Each request is scored on its own prompt, rephrasings and unrelated prompts, on one prompt of every further locality
     source, and on one passage of every source of running text. `about` goes into the summary; `callback` is told how many
-    requests are done. Raises `InputError` if there are fewer requests than one group.
+    requests are done. A last group that is not full is edited together with the first requests, which are scored in their own
+    group alone. Raises `InputError` if there are fewer requests than one group.
 
     Under several processes all call it alike: chunks of requests go to them in turn, each batch as it would be in one process,
     and all get the same results; one should save them. Raises `InputError` if there are fewer chunks than processes. Where
@@ -395,9 +396,11 @@ def evaluate(
     """
     k = len(data.examples) if config.sequential and config.num_edits == 1 else config.num_edits
     config = replace(config, num_edits=k)
-    examples = data.examples[: len(data.examples) // k * k]
-    if not examples:
-        raise InputError(f"{data.name} has {len(data.examples)} requests, fewer than num_edits {k}")
+    count = len(data.examples)
+    if not count or count < k:
+        raise InputError(f"{data.name} has {count} requests, fewer than num_edits {k}")
+    filled = -count % k
+    examples = [*data.examples, *data.examples[:filled]]
     starts, alone = chunks(len(examples), config), processes.count() == 1 or is_sharded(model)
     if not alone:
         require_work(len(examples), len(starts))
@@ -417,10 +420,10 @@ def evaluate(
         passages = [probes[turn % len(probes)] for probes, turn in turns]
         scored[start] = evaluator.rows(some, extra, passages)
         if callback is not None:
-            callback(start + len(some), len(examples))
+            callback(min(start + len(some), count), count)
     if not alone:
         scored = {int(start): part for process in processes.gathered(scored) for start, part in process.items()}
-    rows = [row for start in starts for row in scored[start]]
+    rows = [row for start in starts for row in scored[start]][:count]
     for index, row in enumerate(rows):
         row["index"] = index
     answered = ", ".join((data.name, *(source.name for source in locality)))
@@ -448,7 +451,7 @@ def evaluate(
         "count": len(rows),
         "skipped": data.skipped,
         "left_out": data.left_out,
-        "unused": len(data.examples) - len(rows),
+        "filled": filled,
         **{name: value for name, value in asdict(config).items() if name != "timed_edits"},
         **metrics.summarise(rows, seed=config.seed, labels=evaluator.formatter.family == "classifier"),
         "drawdown_text": prose,
