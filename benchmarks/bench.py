@@ -120,17 +120,19 @@ def machine(device: torch.device) -> dict[str, Any]:
     cpu = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
     )
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit that runs, with `-dirty` where files differ from it."""
+    described = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _lines(path: str) -> list[str]:

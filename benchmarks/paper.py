@@ -5,9 +5,9 @@
 
 Each part is a few `mendlm` commands in processes of their own; what is done is kept in --work, so that an interrupted run
 goes on where it stopped. Results go to benchmarks/results/paper-PART.json (all cells, the machine, every command with its
-seconds, and each training's log) and pictures to docs/images/. `--share 0.05` shortens every training to that share of its
-steps, in a folder of its own, to see whether it all runs; nothing is published then, nor with --limit. The T5's base needs
-`pip install onnx`.
+seconds and commits, and each training's log) and pictures to docs/images/. `--share 0.05` shortens every training to that
+share of its steps, in a folder of its own, to see whether it all runs; nothing is published then, nor with --limit. The T5's
+base needs `pip install onnx`.
 
 Drivers of parts without a base or editors in common may share a folder.
 FEVER's claims and Natural Questions are divided once: bases and editors see the larger part, and scores come from the other.
@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +57,8 @@ class Part:
     untrained: tuple[str, ...] = UNTRAINED
     counts: tuple[int, ...] = (1,)
     """Requests edited at once; trained at each."""
-    steps: int = 200
+    steps: int | Mapping[int, int] = 200
+    """Steps of a training, or of that at each count."""
     batch: int = 32
     """Requests a step; of more at once than that, one group."""
     limit: int = 200
@@ -65,9 +67,11 @@ class Part:
     layers: tuple[str, ...] = ()
     """Patterns of the layers that all methods change; by default the paper's choice."""
     editors: str = ""
-    """Another part, whose editors this one scores."""
-    begin: str = ""
-    """A part on the same base, whose editors of single edits these are trained further from: each count from the one before."""
+    """Another part, whose editors this one scores, those of its own methods and counts."""
+    sequential: bool = False
+    """Make the edits that are scored together one after another, not at once."""
+    chained: bool = False
+    """Train each count's editor further from that of the count before."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     """Name -> settings: the ablations, of the first learned method."""
 
@@ -78,6 +82,7 @@ NQ, NQ_DEV, TEXT, PPL = (
     "text:{data}/wikitext-2-a.txt",
     "text:{data}/wikitext-2-b.txt",
 )
+VARIED = "records:{work}/zsre-varied.jsonl"
 ZSRE, FEVER, FEVER_DEV = ("zsre:{data}/zsre-train.json",), ("fever:{work}/fever-train.jsonl",), "fever:{work}/fever-dev.jsonl"
 BOTH = ("counterfact:{data}/counterfact-train.json", *ZSRE * 3)
 WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
@@ -133,17 +138,29 @@ PARTS: dict[str, Part] = {
     "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=300, settings=WEIGHTS),
     "many": Part(
         "t5-questions",
-        ZSRE,
+        (*ZSRE, VARIED),
         "zsre:{data}/zsre-dev.json",
         (NQ,),
         (NQ_DEV,),
         learned=("mend", "enn", "malmen"),
         untrained=(),
         counts=(1, 5, 25, 75, 125),
-        steps=40,
+        steps={1: 100, 5: 60, 25: 100, 75: 30, 125: 30},
         batch=50,
         settings=WEIGHTS,
-        begin="t5-zsre",
+        chained=True,
+    ),
+    "many-in-turn": Part(
+        "t5-questions",
+        (*ZSRE, VARIED),
+        "zsre:{data}/zsre-dev.json",
+        (NQ,),
+        (NQ_DEV,),
+        learned=("mend", "malmen"),
+        untrained=(),
+        counts=(5, 25),
+        editors="many",
+        sequential=True,
     ),
     "ablations": Part(
         "bart-small",
@@ -165,31 +182,29 @@ class Driver:
 
     def __init__(self, data: Path, work: Path, share: float, limit: int | None, device: str) -> None:
         self.data, self.work, self.share, self.limit, self.device = data.resolve(), work.resolve(), share, limit, device
-        self.times, self.words = work / "seconds.json", work / "commands.json"
+        self.kept = work / "commands.json"
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Command -> its seconds so far, of every driver that works in the folder."""
-        return read_json(self.times) if self.times.is_file() else {}
-
-    @property
-    def commands(self) -> dict[str, str]:
-        """The same names -> the commands as they were last given, with WORK and DATA for the folders."""
-        return read_json(self.words) if self.words.is_file() else {}
+    def commands(self) -> dict[str, dict[str, Any]]:
+        """What ran, of every driver that works in the folder: name -> the command as it was last given, with WORK and DATA for
+        the folders, its seconds and the commits that it ran on, those of interrupted tries, too.
+        """
+        return read_json(self.kept) if self.kept.is_file() else {}
 
     def run(self, name: str, command: Sequence[str]) -> None:
-        """Run a command; its words, and its seconds with those of earlier interrupted tries, are kept."""
+        """Run a command, and keep what `commands` says of it."""
         print(f"== {name}: {shlex.join(command[1:])}", flush=True)
         words = shlex.join(["python", *command[1:]])
         for folder, short in ((self.work, "WORK"), (self.data, "DATA"), (HERE, "benchmarks")):
             words = words.replace(str(folder), short)
-        write_json(self.words, self.commands | {name: words})
-        begun = time.perf_counter()
+        begun, commit = time.perf_counter(), bench.commit()
         try:
             subprocess.run(command, check=True)
         finally:
-            spent = self.seconds
-            write_json(self.times, spent | {name: round(spent.get(name, 0) + time.perf_counter() - begun, 1)})
+            before = self.commands.get(name, {"seconds": 0, "commits": []})
+            seconds = round(before["seconds"] + time.perf_counter() - begun, 1)
+            commits = list(dict.fromkeys([*before["commits"], commit]))
+            write_json(self.kept, self.commands | {name: {"command": words, "seconds": seconds, "commits": commits}})
 
     def mendlm(self, name: str, *arguments: str) -> None:
         """Run a `mendlm` command."""
@@ -219,7 +234,11 @@ class Driver:
                 write_bytes(self.work / f"{name}-{side}.jsonl", "".join(f"{line}\n" for line in kept).encode())
 
     def prepare(self, part: Part) -> None:
-        """Wikitext's samples, in a training and a held-out part."""
+        """Wikitext's samples, in a training and a held-out part; zsRE's varied questions."""
+        if VARIED in part.train and not (varied := Path(self.place(VARIED).removeprefix("records:"))).is_file():
+            copies = ["--only-questions", "--zsre-copies", "16", "--number-copies", "16", "--new-targets", "0.3"]
+            script = str(HERE / "prepare" / "varied.py")
+            self.run("varying zsre", [sys.executable, script, "--data-dir", str(self.data), "--out", str(varied), *copies])
         if "wikitext" in part.dev and not (self.work / "wikitext-dev.json").is_file():
             whole, count = self.work / "wikitext.json", str(max(64, int(1200 * self.share)))
             sampled = ["--text", str(self.data / "wikitext-2-a.txt"), "--count", count, "--force", "--out", str(whole)]
@@ -232,19 +251,15 @@ class Driver:
 
     def editors(self, name: str, part: Part, base: str) -> Iterator[tuple[str, str, int, Path]]:
         """Train every editor of a part: variant, method, requests at once, run folder."""
-        name, part = part.editors or name, PARTS.get(part.editors, part)
-        earlier = self.editors(part.begin, PARTS[part.begin], base) if part.begin else ()
-        single = {method: run for variant, method, _, run in earlier if not variant}
+        name, wanted, part = part.editors or name, part, PARTS.get(part.editors, part)
         trunk = ["--trunk-cache", str(self.work / "trunk")] if base == "starter" else []
         for variant, more in part.variants.items():
-            for method in part.learned[:1] if variant else part.learned:
-                begun = single.get(method)
-                for count in part.counts:
-                    if begun and count == 1:
-                        yield variant, method, count, begun
-                        continue
+            for method in wanted.learned[:1] if variant else wanted.learned:
+                begun: Path | None = None
+                for count in (count for count in part.counts if count <= max(wanted.counts)):
                     run = self.work / name / "runs" / f"{method}@{count}{variant and '-' + variant.replace(' ', '-')}"
-                    steps = max(2, int(part.steps * self.share))
+                    whole = part.steps if isinstance(part.steps, int) else part.steps[count]
+                    steps = max(2, int(whole * self.share))
                     batch = max(1, part.batch // count) * count
                     layers = (f"editor.layers={json.dumps(part.layers)}",) if part.layers else ()
                     shape = () if begun else (*layers, *EDITOR[method])
@@ -259,8 +274,9 @@ class Driver:
                         start = ["--from", str(begun)] if begun else []
                         command = [*common, *start, *options, *trunk, "--out", str(run), *resume]
                         self.mendlm(f"train {name} {run.name}", "train", *command)
-                    begun = begun and run
-                    yield variant, method, count, run
+                    begun = run if part.chained else None
+                    if count in wanted.counts:
+                        yield variant, method, count, run
 
     def part(self, name: str) -> None:
         """One table, from its base to its pictures."""
@@ -279,6 +295,7 @@ class Driver:
             options += ["--set", "timed_edits=5"]
             for method in part.untrained if part.layers and not variant else ():
                 options += ["--set", f"{method}.layers={json.dumps(part.layers)}"] if method not in ("cache", "prompt") else []
+            options += ["--sequential"] * part.sequential
             options += [word for source in part.watched for word in ("--locality", self.place(source))]
             common = ["--model", base, "--data", self.place(part.dev), "--methods", methods]
             self.mendlm(f"compare {name} {variant}".strip(), "compare", *common, *editors, *options, "--out", str(out))
@@ -299,17 +316,17 @@ class Driver:
             for cell in find([self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}" / "cells"]):
                 cells.append({**cell, "method": f"{cell['method']}, {variant}" if variant else cell["method"]})
         write(cells, self.work / name / "report")
+        part = PARTS[name]
         mine = (
-            f"train {PARTS[name].editors or name} ",
-            f"compare {name}",
-            f"base {PARTS[name].base}",
-            "sampling wikitext" if "wikitext" in name else "-",
+            f"train {part.editors or name} ",
+            f"compare {name} ",
+            f"base {part.base} ",
+            "sampling wikitext " if "wikitext" in name else "-",
+            "varying zsre " if VARIED in part.train else "-",
         )
-        seconds, commands = (
-            {key: value for key, value in kept.items() if key.startswith(mine)} for kept in (self.seconds, self.commands)
-        )
+        commands = {key: value for key, value in self.commands.items() if f"{key} ".startswith(mine)}
         machine = bench.machine(torch.device(self.device))
-        about = {"part": name, "machine": machine, "share": self.share, "seconds": seconds, "commands": commands}
+        about = {"part": name, "machine": machine, "share": self.share, "commands": commands}
         result = {**about, "logs": self.logs(name), "cells": cells}
         published = self.share == 1 and self.limit is None
         target = HERE if published else self.work

@@ -11,10 +11,11 @@ score() { # NAME TASK:FILE options...
     mendlm eval --model starter --data "$source" --locality "text:$data/wikitext-2-b.txt" --out "$out/$name" "$@"
 }
 
-score counterfact counterfact:counterfact-dev.json "${editor[@]}"
+score counterfact counterfact:counterfact-dev.json --set generate=false "${editor[@]}"
+score counterfact-first counterfact:counterfact-dev.json --limit 300 "${editor[@]}"
+score counterfact-chat counterfact:counterfact-dev.json --chat --limit 100 "${editor[@]}"
 score zsre zsre:zsre-dev.json "${editor[@]}"
-score counterfact-chat counterfact:counterfact-dev.json --chat --limit 200 "${editor[@]}"
-score zsre-chat zsre:zsre-dev.json --chat "${editor[@]}"
+score zsre-chat zsre:zsre-dev.json --chat --limit 100 "${editor[@]}"
 # Fine-tuning: score rates on training requests; then give the better one as FT_RATE. Its first 200 dev requests are scored.
 for rate in 1e-5 3e-5 1e-4 3e-4; do
     score "tune-ft-$rate" counterfact:counterfact-train.json --method ft --set "rate=$rate" --set generate=false --limit 40

@@ -63,15 +63,23 @@ def test_the_papers_driver_publishes_its_commands_and_the_machine(tmp_path: Path
     steps = [{**dict.fromkeys(paper.LOGGED, 0.25), "step": step, "gradient_norm": 3.0} for step in (1, 2)]
     (work / "ablations" / "runs" / "mend@1" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     driver = paper.Driver(data, work, 1.0, 1, "cpu")
-    for name in ("train ablations mend@1", "train many mend@1"):
-        driver.run(
-            name,
-            [sys.executable, "-c", "pass", str(BENCHMARKS / "x.py"), f"zsre:{driver.data}/a.json", str(driver.work / "run")],
-        )
+    command = [
+        "-c",
+        "import time; time.sleep(0.1)",
+        str(BENCHMARKS / "x.py"),
+        f"zsre:{driver.data}/a.json",
+        str(driver.work / "run"),
+    ]
+    for name, commit in (("ablations", "first"), ("many", "first"), ("ablations", "second"), ("ablations", "second")):
+        monkeypatch.setattr(paper.bench, "commit", lambda commit=commit: commit)
+        driver.run(f"train {name} mend@1", [sys.executable, *command])
     driver.publish("ablations", [""])
     result = json.loads((work / "results" / "paper-ablations.json").read_text())
-    assert result["commands"] == {"train ablations mend@1": "python -c pass benchmarks/x.py zsre:DATA/a.json WORK/run"}
-    assert result["seconds"].keys() == result["commands"].keys()
+    (ran,) = result["commands"].items()
+    assert ran[0] == "train ablations mend@1"
+    assert ran[1]["command"] == "python -c 'import time; time.sleep(0.1)' benchmarks/x.py zsre:DATA/a.json WORK/run"
+    assert ran[1]["seconds"] >= 0.3
+    assert ran[1]["commits"] == ["first", "second"]
     assert result["machine"]["torch"]
     assert [cell["method"] for cell in result["cells"]] == ["mend"]
     assert result["logs"] == {"mend@1": {key: [1, 2] if key == "step" else [0.25, 0.25] for key in paper.LOGGED}}
@@ -80,7 +88,8 @@ def test_the_papers_driver_publishes_its_commands_and_the_machine(tmp_path: Path
 def test_the_papers_driver_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     paper = importlib.import_module("paper")
-    order = ["gpt-counterfact", "gpt-zsre", "t5-zsre", "fever-bert", "gpt2-wikitext", "bart-zsre", "many", "ablations"]
+    order = ["gpt-counterfact", "gpt-zsre", "t5-zsre", "fever-bert", "gpt2-wikitext", "bart-zsre"]
+    order += ["many", "many-in-turn", "ablations"]
     assert list(paper.PARTS) == order
     assert all(part.limit >= 200 for part in paper.PARTS.values())
     data, work = tmp_path / "data", tmp_path / "work"

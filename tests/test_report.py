@@ -45,7 +45,7 @@ def put(folder: Path, *cells: dict[str, Any]) -> Path:
 def test_a_report_holds_every_cell_in_order_and_needs_nothing_else(tmp_path: Path) -> None:
     nothing = {"before": None, "after": None, "low": None, "high": None}
     cells = [
-        cell(method="mend", num_edits=25),
+        cell(method="mend", num_edits=25, success={**INTERVAL, "before": 0.05}),
         cell(method="ft", drawdown_acc=None, perplexity={"before": None, "after": None}),
         cell(locality=nothing, edit_ms={"p50": None, "p95": None}),
         cell(data="counterfact:b.json", chat=True, edit_ms={"p50": 0.11, "p95": 0.2}),
@@ -61,9 +61,10 @@ def test_a_report_holds_every_cell_in_order_and_needs_nothing_else(tmp_path: Pat
     written = write(found, tmp_path / "out")
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert len(lines) == 2 + 4
-    assert "| counterfact:b.json, chat | mend | 1 | 1,200 | 3 | 0.800 (0.700 to 0.900) |" in lines[2]
+    assert "| counterfact:b.json, chat | mend | 1 | 1,200 | 3 | 0.000 → 0.800 (0.700 to 0.900) |" in lines[2]
     assert lines[2].endswith("| < 1 |")
     assert lines[3].endswith("| - | - | 12 |")
+    assert "| mend | 25 | 1,200 | 3 | 0.050 → 0.800 (0.700 to 0.900) | 0.000 → 0.800" in lines[5]
     assert lines[4].endswith("| - | +0.0100 | 20.00 → 21.00 | - |")
     assert json.loads((tmp_path / "out" / "table.json").read_text()) == found
     pictures = sorted(path.name for path in written if path.suffix == ".png")
@@ -153,4 +154,4 @@ def test_memory_is_that_of_an_edit_where_all_cells_have_it(monkeypatch: pytest.M
 def test_a_bar_in_a_name_does_not_break_the_table() -> None:
     line = table([cell(data="zsre:a|b.json")]).splitlines()[2]
     assert line.startswith("| zsre:a\\|b.json | mend |")
-    assert "| 1,200 | 3 | 0.800" in line
+    assert "| 1,200 | 3 | 0.000 → 0.800" in line

@@ -1,7 +1,7 @@
 """Say the training requests in other words: new requests from the parts of CounterFact's and zsRE's own.
 
     python benchmarks/prepare/varied.py --data-dir DIR --out FILE [--zsre-copies 8] [--number-copies 0]
-        [--new-targets 0] [--seed 0]
+        [--new-targets 0] [--only-questions] [--seed 0]
 
 An editor that sees the same 10,388 requests again and again learns them by heart. A request is a subject in a template, so that
 there are more to be had: CounterFact's subjects with another target of their relation, rephrasings in the relation's other
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--zsre-copies", type=int, default=8)
     parser.add_argument("--number-copies", type=int, default=0)
     parser.add_argument("--new-targets", type=float, default=0.0)
+    parser.add_argument("--only-questions", action="store_true", help="leave out CounterFact's statements")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     counterfact, zsre = (
@@ -172,8 +173,8 @@ def main() -> None:
     statements = facts(counterfact, "prompt", "rephrase_prompt", "target_new", "ground_truth")
     questions = facts(zsre, "src", "rephrase", "alt", "pred")
     options = arguments.zsre_copies, arguments.number_copies, arguments.new_targets
-    made = of_counterfact(statements, rng) + of_zsre(questions, *options, [fact.subject for fact in statements], rng)
-    write_requests(arguments.out, made)
+    made = [] if arguments.only_questions else of_counterfact(statements, rng)
+    write_requests(arguments.out, made + of_zsre(questions, *options, [fact.subject for fact in statements], rng))
 
 
 if __name__ == "__main__":

@@ -394,17 +394,17 @@ def evaluate(
     and all get the same results; one should save them. Raises `InputError` if there are fewer chunks than processes. Where
     the base is split over the processes (`mendlm.models.shard`), each does everything.
     """
-    k = len(data.examples) if config.sequential and config.num_edits == 1 else config.num_edits
-    config = replace(config, num_edits=k)
     count = len(data.examples)
+    k = count if config.sequential and config.num_edits == 1 else config.num_edits
+    config = replace(config, num_edits=k)
     if not count or count < k:
         raise InputError(f"{data.name} has {count} requests, fewer than num_edits {k}")
     filled = -count % k
     examples = [*data.examples, *data.examples[:filled]]
-    starts, alone = chunks(len(examples), config), processes.count() == 1 or is_sharded(model)
+    starts, alone = chunks(count, config), processes.count() == 1 or is_sharded(model)
     if not alone:
-        require_work(len(examples), len(starts))
-        processes.agree({"data": data.sha256, "evaluation": plain(asdict(config)), "requests": len(examples)})
+        require_work(count, len(starts))
+        processes.agree({"data": data.sha256, "evaluation": plain(asdict(config)), "requests": count})
     evaluator = Evaluator(method, specs, model, tokenizer, config)
     memory.forget_peak(evaluator.formatter.device)
     asking = [source.probes for source in locality if not source.prose]

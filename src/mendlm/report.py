@@ -25,11 +25,12 @@ from mendlm.metrics import FORMAT
 
 @dataclass(frozen=True)
 class Value:
-    """A mean over edits with its interval; None of nothing."""
+    """A mean over edits with its interval, and what it was before; None of nothing."""
 
     after: float | None
     low: float | None
     high: float | None
+    before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,11 @@ def notes(cells: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def value(metric: dict[str, Any]) -> str:
-    """A mean with its 95 % interval, as a table shows it."""
+    """A mean with its 95 % interval, behind that of the base model where there is one, as a table shows it."""
     if None in (metric["after"], metric["low"], metric["high"]):
         return "-"
-    return f"{metric['after']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})"
+    before = f"{metric['before']:.3f} → " if metric.get("before") is not None else ""
+    return f"{before}{metric['after']:.3f} ({metric['low']:.3f} to {metric['high']:.3f})"
 
 
 def table(cells: Sequence[dict[str, Any]], *, without: Sequence[str] = ()) -> str:

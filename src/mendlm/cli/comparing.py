@@ -102,9 +102,8 @@ def compare(
             common.note(f"{name}, {count} together: done before")
         else:
             left.append((name, count))
-            whole = len(requests.examples) // count * count
             if not is_sharded(loaded):
-                require_work(whole, len(chunks(whole, own_config)))
+                require_work(len(requests.examples), len(chunks(len(requests.examples), own_config)))
     processes.agree({"cells left to score": [list(cell) for cell in left]})
     refused: dict[str, list[tuple[str, int]]] = {}
     with folder(out / "cells") if processes.is_main() else contextlib.nullcontext():
