@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,20 @@ VARIANTS = {
     "only the smaller": ("editor.inputs=smaller",),
     "attention": (ATTENTION,),
 }
+MANY = Part(
+    "t5-questions",
+    (*ZSRE, VARIED),
+    "zsre:{data}/zsre-dev.json",
+    (NQ,),
+    (NQ_DEV,),
+    learned=("mend", "enn", "malmen"),
+    untrained=(),
+    counts=(1, 5, 25, 75, 125),
+    steps={1: 100, 5: 60, 25: 100, 75: 30, 125: 30},
+    batch=50,
+    settings=WEIGHTS,
+    chained=True,
+)
 PARTS: dict[str, Part] = {
     "gpt-counterfact": Part(
         "starter",
@@ -136,32 +150,8 @@ PARTS: dict[str, Part] = {
         settings=WEIGHTS,
     ),
     "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=300, settings=WEIGHTS),
-    "many": Part(
-        "t5-questions",
-        (*ZSRE, VARIED),
-        "zsre:{data}/zsre-dev.json",
-        (NQ,),
-        (NQ_DEV,),
-        learned=("mend", "enn", "malmen"),
-        untrained=(),
-        counts=(1, 5, 25, 75, 125),
-        steps={1: 100, 5: 60, 25: 100, 75: 30, 125: 30},
-        batch=50,
-        settings=WEIGHTS,
-        chained=True,
-    ),
-    "many-in-turn": Part(
-        "t5-questions",
-        (*ZSRE, VARIED),
-        "zsre:{data}/zsre-dev.json",
-        (NQ,),
-        (NQ_DEV,),
-        learned=("mend", "malmen"),
-        untrained=(),
-        counts=(5, 25),
-        editors="many",
-        sequential=True,
-    ),
+    "many": MANY,
+    "many-in-turn": replace(MANY, learned=("mend", "malmen"), counts=(5, 25), editors="many", sequential=True),
     "ablations": Part(
         "bart-small",
         ZSRE,
@@ -235,7 +225,8 @@ class Driver:
 
     def prepare(self, part: Part) -> None:
         """Wikitext's samples, in a training and a held-out part; zsRE's varied questions."""
-        if VARIED in part.train and not (varied := Path(self.place(VARIED).removeprefix("records:"))).is_file():
+        varied = self.work / "zsre-varied.jsonl"
+        if VARIED in part.train and not varied.is_file():
             copies = ["--only-questions", "--zsre-copies", "16", "--number-copies", "16", "--new-targets", "0.3"]
             script = str(HERE / "prepare" / "varied.py")
             self.run("varying zsre", [sys.executable, script, "--data-dir", str(self.data), "--out", str(varied), *copies])
