@@ -336,7 +336,7 @@ def test_processes_hear_each_other_in_order(together: Any) -> None:
 
 def test_processes_that_do_not_fit_are_refused_in_each(folder: Path, together: Any) -> None:
     for found in together:
-        assert "2 requests are 1 chunks of work, fewer than the 2 processes" in found["few"]
+        assert "3 requests are 1 chunks of work, fewer than the 2 processes" in found["few"]
         assert "process 1 has data = 0+11, the main process 0+10" in found["differ"]
         assert "process 1 has training" in found["differing runs"]
         assert "leaves some of the 2 processes without work" in found["too few"]
