@@ -137,6 +137,25 @@ def test_meta_gradient_passes_gradcheck(case):
     assert torch.autograd.gradcheck(loss, values, fast_mode=True)
 
 
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_gradients_of_the_parameters_are_those_of_the_papers_formula(options):
+    model = double("llama")
+    editor, seen = make(model, perturbed=True, **options)
+    gradient, rng = editor.gradient(model, cases.requests(model)), cases.generator()
+    edits = editor.transform(gradient)
+    wanted = {name: torch.randn(3, *update.shape, dtype=torch.float64, generator=rng) for name, update in edits.updates.items()}
+    slopes = torch.autograd.grad(
+        sum((edits.updates[name].dense() * w).sum() for name, w in wanted.items()), editor.parameters()
+    )
+    total = 0.0
+    for i in range(3):
+        expected = oracles.mend(editor, seen, {name: rows[i] for name, rows in gradient.items()})
+        total = total + sum((expected[name] * w[i]).sum() for name, w in wanted.items())
+    for slope, exact in zip(slopes, torch.autograd.grad(total, editor.parameters()), strict=True):
+        assert exact.any()
+        assert_close(slope, exact, rtol=1e-6, atol=1e-8 * exact.abs().max().item())
+
+
 def test_u_moves_at_the_first_step_of_training():
     model = double("gpt2")
     editor, _ = make(model)
@@ -261,8 +280,9 @@ def test_networks_are_shared_by_shape_and_rates_are_per_layer():
 
 def test_only_the_identity_start_leaves_its_input_alone():
     z = torch.randn(2, 5, 8, generator=cases.generator())
-    assert torch.equal(EditorNet(8, 2, 3, "identity")(z, 1), z)
-    assert not torch.equal(EditorNet(8, 2, 3, "xavier")(z, 1), z)
+    rows = {1: lambda: (z.clone(), torch.ones(2, 5, dtype=torch.bool))}
+    assert torch.equal(EditorNet(8, 2, 3, "identity")(rows, slice(0, 8))[0], z)
+    assert not torch.equal(EditorNet(8, 2, 3, "xavier")(rows, slice(0, 8))[0], z)
 
 
 def test_an_editor_fits_only_its_model():

@@ -1142,7 +1142,7 @@ class Process:
 def test_what_is_deployed_runs_and_ends_well_in_the_middle_of_a_stream(which: str, place: Path, tmp_path: Path) -> None:
     secret = tokens.add(tmp_path / "tokens.json", "Ana", "edit")
     change = {"--model": place / "model", "--editor": place / "run", "--store": tmp_path / "store", "--port": 0}
-    change |= {"--token-file": tmp_path / "tokens.json"}
+    change |= {"--token-file": tmp_path / "tokens.json", "--grace": 600}  # what is said takes long on a busy machine
     words = deployed(which)[1:]
     for option, value in change.items():
         words[words.index(option) + 1] = str(value)

@@ -14,7 +14,7 @@ from cases import DECODERS, ENCODER_DECODERS, END, GENERATORS, byte_tokenizer, s
 from mendlm.errors import InputError, ModelError
 from mendlm.losses import token_nll
 from mendlm.models import STARTER_NAME, cache_folder
-from mendlm.text import NO_LABEL, Batch, Encoded, Formatter, by_length, scored_logits
+from mendlm.text import NO_LABEL, SHORT, Batch, Encoded, Formatter, by_length, scored_logits, short_attention
 
 WORDS = ["The", " capital", " of", "\n", " ", "Lyon", "a", "river", "?", " x!", "x2", ".", "  "]
 
@@ -237,6 +237,28 @@ def test_logits_of_a_batch_equal_the_full_forward_at_its_positions() -> None:
     full = model(**batch.inputs, use_cache=False).logits
     torch.testing.assert_close(scored_logits(model, batch), full[batch.row, batch.column])
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "plain"),
+    [(torch.bfloat16, SHORT, True), (torch.bfloat16, SHORT + 1, False), (torch.float32, SHORT, False)],
+)
+def test_attention_over_short_texts_in_half_precision_is_by_plain_products(
+    dtype: torch.dtype, tokens: int, plain: bool
+) -> None:
+    model = copy.deepcopy(tiny("llama")).to(dtype)
+    batch = formatter("llama").batch([Encoded(tuple(range(2, tokens + 1)), (3,))])
+    assert batch.inputs["input_ids"].shape == (1, tokens)
+    states = torch.randn(1, 2, tokens, 8, dtype=dtype, requires_grad=True)
+
+    def kernel() -> str:
+        return torch.nn.functional.scaled_dot_product_attention(states, states, states).grad_fn.name()
+
+    with short_attention(model, batch):
+        inside, logits = kernel(), scored_logits(model, batch)
+    assert "FlashAttention" in kernel()
+    assert ("FlashAttention" not in inside) == plain
+    torch.testing.assert_close(logits, scored_logits(model, batch), rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

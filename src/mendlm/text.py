@@ -17,9 +17,10 @@ Knows tokenizers and models' inputs; knows no task and no method.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from jinja2 import TemplateError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mendlm.errors import InputError, ModelError
 from mendlm.models import device_of
@@ -35,6 +37,8 @@ Family = Literal["causal", "encoder-decoder", "classifier"]
 TargetEnd = Literal["auto", "always", "never"]
 BINARY_LABELS = ("REFUTES", "SUPPORTS")
 """What the labels of a binary classifier are called if its configuration does not name them: the second is positive."""
+SHORT = 64
+"""Tokens of the longest text that `short_attention` is for."""
 NO_LABEL = -100
 """The label of a position that has logits but no wanted token: the end of a prompt without an answer."""
 
@@ -379,6 +383,18 @@ def scored_logits(model: Any, batch: Batch) -> Float[Tensor, "scored vocab"]:
     finally:
         handle.remove()
     return logits
+
+
+@contextlib.contextmanager
+def short_attention(model: Any, batch: Batch) -> Iterator[None]:
+    """Inside the block, attention in half precision over short texts on a CPU is taken by plain products.
+
+    For passes that are differentiated: torch's fused attention there has a backward pass of several times the products' cost.
+    """
+    tokens = max(tensor.shape[1] for name, tensor in batch.inputs.items() if name.endswith("input_ids"))
+    plain = batch.row.device.type == "cpu" and model.dtype.itemsize < 4 and tokens <= SHORT
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        yield
 
 
 def by_length(

@@ -45,7 +45,7 @@ from mendlm.methods.base import Learned
 from mendlm.models import base_of, device_of, is_sharded, quantizer
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
-from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends, tensor_on
+from mendlm.text import Batch, Encoded, Formatter, TargetEnd, by_length, scored_logits, short_attention, target_ends, tensor_on
 from mendlm.trunk_cache import TrunkCache
 
 RECORDED = 32
@@ -235,7 +235,7 @@ def outer_loss(
         edit = join([leaves[b][index] for b, index in _places([home[number] for number in needed], formatter.device)])
         order = [needed.index(i // k) for i in group]
         routing = None if order == list(range(len(needed))) else tensor_on(formatter.device, order)
-        with trunk.replay(tape):
+        with trunk.replay(tape), short_attention(model, batch):
             if name == "locality":
                 with torch.no_grad():
                     base = scored_logits(model, batch)
@@ -255,8 +255,22 @@ def outer_loss(
         sums[kind] = sums[kind] + loss.detach()
         sums[name] = sums[name] + all_by_row(right, batch.row, batch.size).sum()
     total = config.edit_weight * sums["edit_loss"] + config.locality_weight * sums["locality_loss"]
-    linear = sum(((tensor * leaf.grad).sum() for tensor, leaf in pairs if leaf.grad is not None), start=zero)
-    return total + (linear - linear.detach()), {"loss": total, **sums}
+    reached = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
+    carried = _Carried.apply(total, [grad for _, grad in reached], *(tensor for tensor, _ in reached))
+    return carried, {"loss": total, **sums}
+
+
+class _Carried(torch.autograd.Function):
+    """A number that was differentiated before: it has these gradients in the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(slope.to(gradient.device) * gradient for gradient in ctx.gradients)
 
 
 def descend(

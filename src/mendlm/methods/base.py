@@ -16,7 +16,7 @@ from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
 from mendlm.models import as_device, device_of, is_sharded
 from mendlm.recording import Gradient, record
-from mendlm.text import Batch, scored_logits, tensor_on
+from mendlm.text import Batch, scored_logits, short_attention, tensor_on
 
 Group = tuple[Sequence[int], Callable[[], Edit]]
 """Requests by number, and the function that makes their parts."""
@@ -134,7 +134,8 @@ class Learned(nn.Module, Method):
     ) -> tuple[Gradient, Float[Tensor, "scored vocab"]]:
         """The gradient of each example's NLL for the method's layers, one matrix an example; and the scored logits."""
         with record(model, self.specs, differentiable=differentiable) as recording:
-            logits = scored_logits(model, batch)
+            with short_attention(model, batch):
+                logits = scored_logits(model, batch)
             loss = token_nll(logits, batch.label, batch.row, batch.size).sum()
         return recording.gradient(loss, batch.size), logits.detach()
 

@@ -29,7 +29,7 @@ from mendlm.lowrank import LowRank
 from mendlm.methods.base import Method, transposed
 from mendlm.models import device_of
 from mendlm.replay import Trunk
-from mendlm.text import Batch, scored_logits
+from mendlm.text import Batch, scored_logits, short_attention
 
 TOGETHER = 2**23
 """Numbers tuned side by side, at most: small changes gain from company, large ones lose as much by leaving the caches."""
@@ -152,7 +152,7 @@ class FineTune(Method):
         tape = trunk.run(model, batch.inputs)
         done = torch.zeros(batch.size, dtype=torch.bool, device=device_of(model))
         for _ in range(self.config.steps):
-            with trunk.replay(tape), applied(model, edit):
+            with trunk.replay(tape), applied(model, edit), short_attention(model, batch):
                 logits = scored_logits(model, batch)
                 nll = token_nll(logits, batch.label, batch.row, batch.size)
             done |= self._done(logits, nll.detach(), batch)

@@ -12,7 +12,7 @@ starts at zero, so the network starts as the identity.
 
 Knows rows and layers; knows no data and no training.
 
-In training, a layer's networks run again in the backward pass, so that only their input is kept: what they hold on the way is
+In training, a layer's networks run again in the backward pass, so that only the gradient is kept: what they hold on the way is
 some ten times that, and their work a small part of a step's. Where the base runs in less than float32, training takes the
 networks' matrix products in bfloat16; their weights, what is around the products, and the edits that are made later, stay in
 float32.
@@ -22,15 +22,16 @@ Legend: `z` (*batch, rows, width), of one layer; `width` = d_in + d_out.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from mendlm.apply import Edit
 from mendlm.errors import InputError
@@ -112,7 +113,11 @@ class Normalizer(nn.Module):
         """`(z - mean) / std`, with a floor of 1e-6 of the largest std. Before there are statistics, z itself."""
         std = (self.squares / (self.count - 1).clamp(min=1).to(z.dtype)).sqrt()
         floor = (1e-6 * std.max()).clamp(min=torch.finfo(z.dtype).tiny)
-        return (z - self.mean) / torch.where(self.count > 1, std.clamp(min=floor), 1.0)
+        return (z - self.mean).div_(torch.where(self.count > 1, std.clamp(min=floor), 1.0))
+
+
+Rows = Callable[[], tuple[Tensor, Tensor]]
+"""Makes a layer's rows z (*batch, rows, width), a tensor of their own each time, and says which count (*batch, rows)."""
 
 
 def training_precision(base: torch.dtype) -> torch.dtype | None:
@@ -135,18 +140,75 @@ class EditorNet(nn.Module):
             if init == "xavier":
                 nn.init.xavier_uniform_(self.U[block])
 
+    def forward(self, rows: Mapping[int, Rows], seen: slice, precision: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The rows of some layers, by number, with `g` in the dimensions that are `seen`; those that do not count are zeros.
+
+        Differentiable in the network's parameters, not in the rows. Matrix products are taken in `precision`, by default z's.
+        """
+        parameters = self.U, self.V, self.b, self.scale, self.shift
+        outputs: tuple[Tensor, ...] = _Blocks.apply(rows, seen, precision or self.b.dtype, *parameters)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+class _Blocks(torch.autograd.Function):
+    """`EditorNet`'s two blocks for some layers, and their gradient by hand, in a third of autograd's passes over memory."""
+
+    @staticmethod
     def forward(
-        self, z: Float[Tensor, "*batch width"], layer: int, precision: torch.dtype | None = None
-    ) -> Float[Tensor, "*batch width"]:
-        """`g(z)`, with the scale and shift of the layer; its matrix products are taken in `precision`, by default z's."""
-        for block in range(2):
-            V, U = (factor[block].mT.to(precision or z.dtype) for factor in (self.V, self.U))
-            inner = (z.to(V) @ V @ U).to(z)
-            if block == 0:
-                inner = inner + self.b
-            # clamp, not relu: every pre-activation starts at exactly 0, where relu's gradient is 0 and clamp's is 1.
-            z = z + (self.scale[block, layer] * inner + self.shift[block, layer]).clamp(min=0)
-        return z
+        ctx: Any, rows: Mapping[int, Rows], seen: slice, precision: torch.dtype, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.rows, ctx.seen, ctx.precision, ctx.counts = rows, seen, precision, []
+        ctx.save_for_backward(*parameters)
+        products = _Products(parameters, precision)
+        outputs = []
+        for layer, make in rows.items():
+            z, counts = make()
+            for block in range(2):
+                z[..., seen] += products(z[..., seen], block, layer)[-1].clamp_(min=0)
+            outputs.append(z.mul_(counts.unsqueeze(-1)))
+            ctx.counts.append(counts)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        U, V, b, scale, shift = found = [torch.zeros_like(parameter) for parameter in ctx.saved_tensors]
+        products = _Products(ctx.saved_tensors, ctx.precision)
+        for (layer, make), counts, slope in zip(ctx.rows.items(), ctx.counts, slopes, strict=True):
+            z = make()[0][..., ctx.seen].flatten(0, -2)
+            slope = (slope * counts.unsqueeze(-1))[..., ctx.seen].flatten(0, -2)
+            first = products(z, 0, layer)
+            second = products(z + first[-1].clamp(min=0), 1, layer)
+            for block, (low, hidden, inner, before) in ((1, second), (0, first)):
+                through = slope * (before >= 0)
+                shift[block, layer] = through.sum(0)
+                scale[block, layer] = inner.mul_(through).sum(0)
+                through *= products.scale[block, layer]
+                if block == 0:
+                    b += through.sum(0)
+                through = through.to(low)
+                U[block] += through.mT @ hidden
+                through = through @ products.U[block]
+                V[block] += through.mT @ low
+                if block == 1:
+                    slope += through @ products.V[block]
+        return None, None, None, *found
+
+
+class _Products:
+    """What a block makes of rows: themselves in `precision`, `V z`, `U V z + b`, and that with the layer's scale and shift."""
+
+    def __init__(self, parameters: Sequence[Tensor], precision: torch.dtype) -> None:
+        U, V, self.b, self.scale, self.shift = parameters
+        self.U, self.V = U.to(precision), V.to(precision)
+
+    def __call__(self, z: Float[Tensor, "*batch width"], block: int, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        low = z.to(self.V)
+        hidden = low @ self.V[block].mT
+        inner = (hidden @ self.U[block].mT).to(z)
+        if block == 0:
+            inner += self.b
+        return low, hidden, inner, torch.addcmul(self.shift[block, layer], self.scale[block, layer], inner)
 
 
 class RowEditor(Learned):
@@ -196,9 +258,10 @@ class RowEditor(Learned):
         return {"both": (0, spec.d_in + spec.d_out), "u": (0, spec.d_in), "delta": (spec.d_in, spec.d_in + spec.d_out)}[which]
 
     def _rows(self, rows: LowRank) -> tuple[Tensor, Tensor]:
-        """A layer's raw rows z (*batch, rows, width), and which of them count: neither factor all zero."""
-        u, delta = (factor.to(self.log_rates) for factor in (rows.u, rows.delta))
-        return torch.cat([u, delta], -1), (u != 0).any(-1) & (delta != 0).any(-1)
+        """A layer's raw rows z (*batch, rows, width), a tensor of their own; and which count: neither factor all zero."""
+        rows = rows.to(self.log_rates.device)
+        counts = (rows.u != 0).any(-1) & (rows.delta != 0).any(-1)
+        return torch.cat([rows.u, rows.delta], -1).to(self.log_rates), counts
 
     def edit(self, model: Any, batch: Batch) -> Edit:
         """One edit for each example; where the statistics follow along, they take in these requests first."""
@@ -225,26 +288,20 @@ class RowEditor(Learned):
 
     def changed(self, gradient: Gradient) -> dict[str, LowRank]:
         """`u~` and `-alpha * delta~` of each layer's rows, on their device; those that do not count are zeros."""
-        return {
-            spec.name: self._changed(spec, gradient[spec.name], rate)
-            for spec, rate in zip(self.specs, self.log_rates.exp(), strict=True)
-        }
+        made: dict[str, Tensor] = {}
+        for key, net in self.nets.items():
+            group = [spec for spec in self.specs if self._place[spec.name][0] == key]
+            precision = training_precision(gradient[group[0].name].u.dtype) if torch.is_grad_enabled() else None
+            rows = {number: functools.partial(self._normed, key, gradient[spec.name]) for number, spec in enumerate(group)}
+            outputs = net(rows, slice(*self._seen(group[0])), precision)
+            made |= zip((spec.name for spec in group), outputs, strict=True)
+        changed = {}
+        for spec, rate in zip(self.specs, self.log_rates.exp(), strict=True):
+            u, delta = torch.split(made[spec.name], [spec.d_in, spec.d_out], -1)
+            changed[spec.name] = LowRank(u, delta * -rate).to(gradient[spec.name].u.device)
+        return changed
 
-    def _changed(self, spec: LayerSpec, rows: LowRank, rate: Tensor) -> LowRank:
-        (key, number), (first, last) = self._place[spec.name], self._seen(spec)
-        training = torch.is_grad_enabled()
-        precision = training_precision(rows.u.dtype) if training else None
-
-        def run(u: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-            raw, counts = self._rows(LowRank(u, delta))
-            z = self.normalizers[key](raw) if self.config.normalize else raw
-            out = torch.cat([z[..., :first], self.nets[key](z[..., first:last], number, precision), z[..., last:]], -1)
-            out = out * counts.unsqueeze(-1)
-            return out[..., : spec.d_in], out[..., spec.d_in :]
-
-        u, delta = (
-            checkpoint(run, rows.u, rows.delta, use_reentrant=False, preserve_rng_state=False)
-            if training
-            else run(rows.u, rows.delta)
-        )
-        return LowRank(u, -rate * delta).to(rows.u.device)
+    def _normed(self, key: str, rows: LowRank) -> tuple[Tensor, Tensor]:
+        """As `_rows`, z normalised."""
+        z, counts = self._rows(rows)
+        return self.normalizers[key](z) if self.config.normalize else z, counts
