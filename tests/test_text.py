@@ -247,7 +247,7 @@ def test_attention_over_short_texts_in_half_precision_is_by_plain_products(
     dtype: torch.dtype, tokens: int, plain: bool
 ) -> None:
     model = copy.deepcopy(tiny("llama")).to(dtype)
-    batch = formatter("llama").batch([Encoded(tuple(range(2, tokens + 1)), (3,))])
+    batch = formatter("llama").batch([Encoded(tuple(range(2, tokens + 2)), (3,))])
     assert batch.inputs["input_ids"].shape == (1, tokens)
     states = torch.randn(1, 2, tokens, 8, dtype=dtype, requires_grad=True)
 
