@@ -258,7 +258,8 @@ def test_attention_over_short_texts_in_half_precision_is_by_plain_products(
         inside, logits = kernel(), scored_logits(model, batch)
     assert "FlashAttention" in kernel()
     assert ("FlashAttention" not in inside) == plain
-    torch.testing.assert_close(logits, scored_logits(model, batch), rtol=0.03, atol=0.03)
+    exact = scored_logits(tiny("llama"), batch)
+    assert (logits - exact).norm() < 0.03 * exact.norm()
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
