@@ -151,7 +151,7 @@ class EditorNet(nn.Module):
 
 
 class _Blocks(torch.autograd.Function):
-    """`EditorNet`'s two blocks for some layers, and their gradient by hand, in a third of autograd's passes over memory."""
+    """`EditorNet`'s two blocks for some layers, and their gradient by hand, in far fewer passes over memory than autograd's."""
 
     @staticmethod
     def forward(
@@ -163,8 +163,9 @@ class _Blocks(torch.autograd.Function):
         outputs = []
         for layer, make in rows.items():
             z, counts = make()
+            part = z[..., seen]
             for block in range(2):
-                z[..., seen] += products(z[..., seen], block, layer)[-1].clamp_(min=0)
+                part.add_(products(part, block, layer)[-1].clamp_(min=0))
             outputs.append(z.mul_(counts.unsqueeze(-1)))
             ctx.counts.append(counts)
         return tuple(outputs)
@@ -187,9 +188,9 @@ class _Blocks(torch.autograd.Function):
                 if block == 0:
                     b += through.sum(0)
                 through = through.to(low)
-                U[block] += through.mT @ hidden
+                U[block].add_(through.mT @ hidden)
                 through = through @ products.U[block]
-                V[block] += through.mT @ low
+                V[block].add_(through.mT @ low)
                 if block == 1:
                     slope += through @ products.V[block]
         return None, None, None, *found
