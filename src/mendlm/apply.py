@@ -105,7 +105,7 @@ class Edit:
 
     def unbind(self) -> list[Edit]:
         """A batch's edits one by one, each without its zero rows. The host waits for the device once."""
-        kept = {name: (update.u != 0).any(-1) & (update.delta != 0).any(-1) for name, update in self.updates.items()}
+        kept = {name: update.nonzero() for name, update in self.updates.items()}
         counts = torch.stack([rows.sum(-1) for rows in kept.values()]).tolist()
         order = {name: (~rows).byte().argsort(stable=True) for name, rows in kept.items()}
 

@@ -101,6 +101,10 @@ class LowRank:
         """The same rows outside any graph."""
         return LowRank(self.u.detach(), self.delta.detach())
 
+    def nonzero(self) -> Bool[Tensor, "*batch rows"]:
+        """Which rows add something: neither factor all zero."""
+        return (self.u != 0).any(-1) & (self.delta != 0).any(-1)
+
     def isfinite(self) -> Bool[Tensor, ""]:
         """Whether every number is finite; nothing waits for the answer."""
         return self.u.isfinite().all() & self.delta.isfinite().all()

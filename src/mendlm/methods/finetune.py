@@ -178,8 +178,8 @@ class FineTune(Method):
     def _kl(self, model: Any, trunk: Trunk, edit: Edit, size: int) -> Tensor:
         """The KL of each example's change on the same text."""
         batch = next(self._unrelated).repeated(size)
-        with torch.no_grad(), trunk.record() as tape:
+        with torch.no_grad(), trunk.record() as tape, short_attention(model, batch):
             base = scored_logits(model, batch)
-        with trunk.replay(tape), applied(model, edit):
+        with trunk.replay(tape), applied(model, edit), short_attention(model, batch):
             edited = scored_logits(model, batch)
         return token_kl(base, edited, batch.row, batch.size).sum()

@@ -116,8 +116,8 @@ class Normalizer(nn.Module):
         return (z - self.mean).div_(torch.where(self.count > 1, std.clamp(min=floor), 1.0))
 
 
-Rows = Callable[[], tuple[Tensor, Tensor]]
-"""Makes a layer's rows z (*batch, rows, width), a tensor of their own each time, and says which count (*batch, rows)."""
+Rows = tuple[Callable[[], Tensor], Tensor]
+"""What makes a layer's rows z (*batch, rows, width), a tensor of their own each time; and which count (*batch, rows)."""
 
 
 def training_precision(base: torch.dtype) -> torch.dtype | None:
@@ -157,17 +157,16 @@ class _Blocks(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Mapping[int, Rows], seen: slice, precision: torch.dtype, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.rows, ctx.seen, ctx.precision, ctx.counts = rows, seen, precision, []
+        ctx.rows, ctx.seen, ctx.precision = rows, seen, precision
         ctx.save_for_backward(*parameters)
         products = _Products(parameters, precision)
         outputs = []
-        for layer, make in rows.items():
-            z, counts = make()
+        for layer, (make, counts) in rows.items():
+            z = make()
             part = z[..., seen]
             for block in range(2):
                 part.add_(products(part, block, layer)[-1].clamp_(min=0))
             outputs.append(z.mul_(counts.unsqueeze(-1)))
-            ctx.counts.append(counts)
         return tuple(outputs)
 
     @staticmethod
@@ -175,13 +174,13 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         U, V, b, scale, shift = found = [torch.zeros_like(parameter) for parameter in ctx.saved_tensors]
         products = _Products(ctx.saved_tensors, ctx.precision)
-        for (layer, make), counts, slope in zip(ctx.rows.items(), ctx.counts, slopes, strict=True):
-            z = make()[0][..., ctx.seen].flatten(0, -2)
+        for (layer, (make, counts)), slope in zip(ctx.rows.items(), slopes, strict=True):
+            z = make()[..., ctx.seen].flatten(0, -2)
             slope = (slope * counts.unsqueeze(-1))[..., ctx.seen].flatten(0, -2)
             first = products(z, 0, layer)
             second = products(z + first[-1].clamp(min=0), 1, layer)
             for block, (low, hidden, inner, before) in ((1, second), (0, first)):
-                through = slope * (before >= 0)
+                through = slope * (before >= 0)  # 1 at 0, where all start: with relu's 0 nothing would ever move
                 shift[block, layer] = through.sum(0)
                 scale[block, layer] = inner.mul_(through).sum(0)
                 through *= products.scale[block, layer]
@@ -222,13 +221,10 @@ class RowEditor(Learned):
     def __init__(self, specs: Sequence[LayerSpec], config: NetworkConfig) -> None:
         super().__init__(specs, config)
         groups: dict[str, list[LayerSpec]] = {}
-        self._place: dict[str, tuple[str, int]] = {}
-        """Layer name -> its network, and its number there."""
         for number, spec in enumerate(self.specs):
-            key = f"{spec.d_out}x{spec.d_in}" if self.config.shared else f"layer{number}"
-            group = groups.setdefault(key, [])
-            self._place[spec.name] = key, len(group)
-            group.append(spec)
+            groups.setdefault(f"{spec.d_out}x{spec.d_in}" if self.config.shared else f"layer{number}", []).append(spec)
+        self._groups = groups
+        """Network -> its layers, by number."""
         self.nets = nn.ModuleDict()
         self.normalizers = nn.ModuleDict()
         for key, group in groups.items():
@@ -258,11 +254,14 @@ class RowEditor(Learned):
             which = "u" if spec.d_in <= spec.d_out else "delta"
         return {"both": (0, spec.d_in + spec.d_out), "u": (0, spec.d_in), "delta": (spec.d_in, spec.d_in + spec.d_out)}[which]
 
-    def _rows(self, rows: LowRank) -> tuple[Tensor, Tensor]:
-        """A layer's raw rows z (*batch, rows, width), a tensor of their own; and which count: neither factor all zero."""
+    def _raw(self, rows: LowRank) -> Tensor:
+        """A layer's rows z (*batch, rows, width) before they are normalised, a tensor of their own."""
         rows = rows.to(self.log_rates.device)
-        counts = (rows.u != 0).any(-1) & (rows.delta != 0).any(-1)
-        return torch.cat([rows.u, rows.delta], -1).to(self.log_rates), counts
+        return torch.cat([rows.u, rows.delta], -1).to(self.log_rates)
+
+    def _normed(self, normalizer: nn.Module, rows: LowRank) -> Tensor:
+        z = self._raw(rows)
+        return normalizer(z) if self.config.normalize else z
 
     def edit(self, model: Any, batch: Batch) -> Edit:
         """One edit for each example; where the statistics follow along, they take in these requests first."""
@@ -282,27 +281,27 @@ class RowEditor(Learned):
 
     def fit_normalizer(self, gradient: Gradient) -> None:
         """Take the gradient's rows into the statistics."""
-        for spec in self.specs:
-            normalizer = self.normalizers[self._place[spec.name][0]]
+        for key, group in self._groups.items():
+            normalizer = self.normalizers[key]
             assert isinstance(normalizer, Normalizer)
-            normalizer.update(*self._rows(gradient[spec.name]))
+            for spec in group:
+                rows = gradient[spec.name]
+                normalizer.update(self._raw(rows), rows.nonzero().to(self.log_rates.device))
 
     def changed(self, gradient: Gradient) -> dict[str, LowRank]:
         """`u~` and `-alpha * delta~` of each layer's rows, on their device; those that do not count are zeros."""
         made: dict[str, Tensor] = {}
-        for key, net in self.nets.items():
-            group = [spec for spec in self.specs if self._place[spec.name][0] == key]
+        for key, group in self._groups.items():
+            rows: dict[int, Rows] = {}
+            for number, spec in enumerate(group):
+                raw = gradient[spec.name]
+                make = functools.partial(self._normed, self.normalizers[key], raw)
+                rows[number] = make, raw.nonzero().to(self.log_rates.device)
             precision = training_precision(gradient[group[0].name].u.dtype) if torch.is_grad_enabled() else None
-            rows = {number: functools.partial(self._normed, key, gradient[spec.name]) for number, spec in enumerate(group)}
-            outputs = net(rows, slice(*self._seen(group[0])), precision)
+            outputs = self.nets[key](rows, slice(*self._seen(group[0])), precision)
             made |= zip((spec.name for spec in group), outputs, strict=True)
         changed = {}
         for spec, rate in zip(self.specs, self.log_rates.exp(), strict=True):
             u, delta = torch.split(made[spec.name], [spec.d_in, spec.d_out], -1)
             changed[spec.name] = LowRank(u, delta * -rate).to(gradient[spec.name].u.device)
         return changed
-
-    def _normed(self, key: str, rows: LowRank) -> tuple[Tensor, Tensor]:
-        """As `_rows`, z normalised."""
-        z, counts = self._rows(rows)
-        return self.normalizers[key](z) if self.config.normalize else z, counts
