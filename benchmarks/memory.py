@@ -1,16 +1,17 @@
-"""Peak memory of training, over base weights, editor with its gradients and Adam state, and one batch's activations.
+"""Peak memory of training, over what it cannot do without, and over inference of the same texts beside the editor's state.
 
-    python benchmarks/memory.py [--model starter] [--batch 64]
+    python benchmarks/memory.py [--model starter | --shape 1b] [--batch 64]
 
-Each side runs in a process of its own, and its peak is reset after loading, which itself needs more for a moment. The
-activations are those of the blocks above the trunk: the growth of memory in a forward pass with a graph, of the edit batch
-alone.
+What it cannot do without: base weights, the editor with its gradients and Adam state, and one batch's activations, which are
+those of the blocks above the trunk: the growth of memory in a forward pass with a graph, of the edit batch alone. Each side
+runs in a process of its own, and its peak is reset after loading, which itself needs more for a moment. With `--shape` the
+model has random weights, texts are as in `scale.py`, and the oracle does not run: its dense weights are for small models.
+Bar: 1.3 of inference with the editor's state.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from typing import Any
@@ -18,14 +19,14 @@ from typing import Any
 import torch
 
 import bench
-import mendlm
 import oracle
+import scale
 from mendlm import memory
 from mendlm.losses import token_nll
 from mendlm.recording import record
 from mendlm.replay import Trunk
-from mendlm.text import Formatter, by_length, scored_logits
-from mendlm.training import TrainConfig, draw, outer_loss
+from mendlm.text import by_length, scored_logits
+from mendlm.training import TrainConfig, outer_loss
 
 CONFIG = TrainConfig(edit_weight=1.0, own_locality=1.0)
 
@@ -33,40 +34,49 @@ CONFIG = TrainConfig(edit_weight=1.0, own_locality=1.0)
 def main() -> None:
     parser = bench.parser(__doc__)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--side", choices=["loaded", "activations", "step", "oracle"], help="run one side and print its peak")
+    parser.add_argument("--shape", choices=scale.SHAPES, help="a decoder of random weights instead of a model")
+    sides = ["loaded", "activations", "inference", "step", "oracle"]
+    parser.add_argument("--side", choices=sides, help="run one side and print its peak")
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(side(arguments)))
         return
     command = [sys.executable, __file__, *sys.argv[1:], "--side"]
     found = {}
-    for name in ("loaded", "activations", "step", "oracle"):
+    for name in sides[:-1] if arguments.shape else sides:
         output = subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout
         found[name] = json.loads(output.splitlines()[-1])
-    loaded = found["loaded"]
+    loaded, step = found["loaded"], found["step"]["peak_mb"]
     activations = found["activations"]["peak_mb"] - loaded["peak_mb"]
-    floor = loaded["peak_mb"] + loaded["editor_state_mb"] + activations
+    floor, inference = (
+        mb + loaded["editor_state_mb"] for mb in (loaded["peak_mb"] + activations, found["inference"]["peak_mb"])
+    )
     result = {
-        "peak_over_floor": found["step"]["peak_mb"] / floor,
-        "oracle_over_floor": found["oracle"]["peak_mb"] / floor,
-        "peak_mb": found["step"]["peak_mb"],
-        "oracle_peak_mb": found["oracle"]["peak_mb"],
+        "peak_over_floor": step / floor,
+        "peak_over_inference": step / inference,
+        "peak_over_inference_bar": 1.3,
+        "peak_over_inference_beyond_process": (step - loaded["process_mb"]) / (inference - loaded["process_mb"]),
+        "peak_mb": step,
+        "inference_peak_mb": found["inference"]["peak_mb"],
         "floor_mb": {
             "process with base and editor weights": loaded["peak_mb"],
+            "the process before it loads": loaded["process_mb"],
             "base weights alone": loaded["base_mb"],
             "gradients and Adam state of the editor": loaded["editor_state_mb"],
             "activations of one batch above the trunk": activations,
         },
         "batch": arguments.batch,
     }
-    bench.save(arguments, "memory", torch.device(loaded["device"]), result)
+    if "oracle" in found:
+        result |= {"oracle_over_floor": found["oracle"]["peak_mb"] / floor, "oracle_peak_mb": found["oracle"]["peak_mb"]}
+    name = f"memory-{arguments.shape}" if arguments.shape else "memory"
+    bench.save(arguments, name, torch.device(loaded["device"]), result)
 
 
 def side(arguments: Any) -> dict[str, Any]:
     """One side's peak, in MiB: of the process on a CPU, of the allocator on a GPU."""
-    model, tokenizer = mendlm.load(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    formatter, rng = Formatter.of(model, tokenizer), random.Random(0)
-    drawn = [draw(e, (), formatter, CONFIG, rng) for e in bench.requests(arguments.data_dir, arguments.batch)]
+    process = memory.peak_mb(torch.device("cpu"))
+    model, formatter, drawn = scale.asked(arguments, CONFIG)
     blocks = model.config.num_hidden_layers
     method, specs = bench.editor_for(model, range(max(0, blocks - 3), blocks))
     trunk = Trunk.below(model, specs)
@@ -79,6 +89,12 @@ def side(arguments: Any) -> dict[str, Any]:
             batch = formatter.batch([drawn[i].edit for i in group])
             with record(model, specs):
                 kept.append(token_nll(scored_logits(model, batch), batch.label, batch.row, batch.size).sum())
+    if arguments.side == "inference":
+        for kind in ("edit", "rephrasing", "unrelated"):
+            texts = [text for d in drawn if (text := getattr(d, kind)) is not None]
+            for group in by_length([len(text) for text in texts]):
+                with torch.no_grad():
+                    scored_logits(model, formatter.batch([texts[i] for i in group]))
     if arguments.side in ("step", "oracle"):
         optimizer = torch.optim.Adam(method.parameters())
         for _ in range(2):
@@ -94,7 +110,8 @@ def side(arguments: Any) -> dict[str, Any]:
     peak = memory.peak_mb(device)
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     editor = sum(parameter.nbytes for parameter in method.parameters()) / 2**20
-    return {"peak_mb": peak, "base_mb": weights, "editor_state_mb": 3 * editor, "device": device.type}
+    found = {"peak_mb": peak, "base_mb": weights, "editor_state_mb": 3 * editor, "device": device.type}
+    return found | {"process_mb": process if device.type == "cpu" else 0}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from mendlm.apply import Edit
 from mendlm.layers import LayerSpec
-from mendlm.losses import bernoulli_nll
 from mendlm.lowrank import LowRank
 from mendlm.methods.cache import CERTAIN
 from mendlm.methods.enn import Enn
@@ -339,3 +338,14 @@ def random_edit(specs: Iterable[LayerSpec], rng: torch.Generator, *batch: int, r
 def dense(edit: Edit) -> dict[str, Tensor]:
     """An edit as weight changes."""
     return {name: update.dense() for name, update in edit.updates.items()}
+
+
+def bernoulli_nll(logits: Tensor, label: Tensor) -> Tensor:
+    """`-log p(y)` of a binary label under one logit."""
+    return F.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none")
+
+
+def bernoulli_kl(base: Tensor, edited: Tensor) -> Tensor:
+    """The KL between two Bernoulli distributions given by their logits."""
+    p = base.sigmoid()
+    return p * (F.logsigmoid(base) - F.logsigmoid(edited)) + (1 - p) * (F.logsigmoid(-base) - F.logsigmoid(-edited))

@@ -155,6 +155,24 @@ def test_a_precise_merge_loses_nothing_and_is_undone_to_the_bit(case, dtype):
         assert torch.equal(one, other)
 
 
+def test_a_merge_that_fails_half_way_changes_nothing(monkeypatch):
+    model, _, edit = setting("llama")
+    model = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    dense, calls = LowRank.dense, []
+
+    def fail_at_the_third(update):
+        calls.append(update)
+        if len(calls) == 3:
+            raise MemoryError
+        return dense(update)
+
+    monkeypatch.setattr(LowRank, "dense", fail_at_the_third)
+    with pytest.raises(MemoryError):
+        merge(model, edit)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(("share", "low", "high"), [(0.1, 0.0, 0.05), (1e-2, 0.1, 0.3), (1e-4, 0.9, 1.1)])
 def test_a_bf16_merge_reports_what_rounding_took(share, low, high):
     model = copy.deepcopy(cases.tiny("gpt2")).to(torch.bfloat16)

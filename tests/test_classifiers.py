@@ -13,13 +13,14 @@ import torch
 from torch.testing import assert_close
 from transformers import BartConfig, BartForSequenceClassification, BertConfig, BertForSequenceClassification
 
+import oracles
 from cases import CLASSIFIERS, EVERY, byte_tokenizer, generator, requests, spaced_tokenizer, tiny
 from mendlm.apply import applied
 from mendlm.editor import Editor
 from mendlm.errors import InputError, ModelError
 from mendlm.evaluation import EvaluationConfig, evaluate
 from mendlm.layers import default_layers
-from mendlm.losses import bernoulli_kl, bernoulli_nll, token_kl, token_nll
+from mendlm.losses import token_kl, token_nll
 from mendlm.methods.finetune import FineTune, FineTuneConfig
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.replay import Trunk
@@ -121,6 +122,10 @@ def test_models_that_cannot_be_fed_are_refused() -> None:
             Formatter.of(bert(num_labels=count, problem_type=problem), byte_tokenizer())
     with pytest.raises(ModelError, match="pads with token 0, its tokenizer with 2; set pad_token_id of both"):
         Formatter.of(tiny("bert"), spaced_tokenizer())
+    bare, tokenizer = bert(num_labels=2), copy.deepcopy(byte_tokenizer())
+    bare.config.pad_token_id = tokenizer.pad_token = None
+    with pytest.raises(ModelError, match=r"have no padding token.*set pad_token_id of both"):
+        Formatter.of(bare, tokenizer)
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 9, "pad_token_id": 0}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_eos_token_id"), 1)
@@ -170,12 +175,12 @@ def test_a_single_logits_losses_are_bernoullis() -> None:
     z, w = (4 * torch.randn(2, 9, generator=generator(3), dtype=torch.float64)).unbind()
     label, row = torch.arange(9) % 2, torch.arange(9)
     pair, other = (torch.stack([torch.zeros_like(x), x], 1) for x in (z, w))
-    assert_close(token_nll(pair, label, row, 9), bernoulli_nll(z, label.double()), rtol=1e-12, atol=1e-12)
-    assert_close(token_kl(pair, other, row, 9), bernoulli_kl(z, w), rtol=1e-12, atol=1e-12)
+    assert_close(token_nll(pair, label, row, 9), oracles.bernoulli_nll(z, label.double()), rtol=1e-12, atol=1e-12)
+    assert_close(token_kl(pair, other, row, 9), oracles.bernoulli_kl(z, w), rtol=1e-12, atol=1e-12)
     model, batch = tiny("bert"), requests(tiny("bert"))
     single = model(**batch.inputs).logits[:, 0]
     found = token_nll(scored_logits(model, batch), batch.label, batch.row, batch.size)
-    assert_close(found, bernoulli_nll(single, batch.label.float()))
+    assert_close(found, oracles.bernoulli_nll(single, batch.label.float()))
 
 
 @pytest.mark.parametrize("method", ["mend", "ft"])

@@ -42,6 +42,8 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_last_one(run: Command, tmp_path: 
     assert "File too large" in message
     assert checkpoint.read_bytes() == before
     assert not list((tmp_path / "run").glob(".*safetensors*"))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "lo')  # and in the middle of a line of the log
     run(*training(tmp_path / "run", *every, "6", "--resume"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]

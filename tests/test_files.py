@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,65 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(StorageError, match=r"none/x\.json"):
         write_json(tmp_path / "none" / "x.json", {})
+
+
+@pytest.mark.parametrize("place", ["a volume", "a link", "."])
+def test_an_empty_folder_is_filled_where_it_is(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.chdir(real)
+    path = {"a volume": real, "a link": tmp_path / "link", ".": Path()}[place]
+    replace = os.replace
+
+    def no_renaming_of_volumes(source: Path, target: Path) -> None:
+        assert real not in (Path(source), Path(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", no_renaming_of_volumes)
+
+    def stopped() -> None:
+        with new_folder(path) as folder:
+            (folder / "a").write_text("a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert os.listdir(real) == []
+    inode = real.stat().st_ino
+    with new_folder(path) as folder:
+        (folder / "a").write_text("a")
+        (folder / "b").mkdir()
+    assert sorted(os.listdir(real)) == ["a", "b"]
+    assert real.stat().st_ino == inode
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_what_cannot_be_renamed_is_said_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+
+    def busy(source: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(StorageError, match="out: Device or resource busy"), new_folder(tmp_path / "out", force=True) as folder:
+        (folder / "new").write_text("new")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["old"]
+
+
+@pytest.mark.parametrize(("mask", "folder_mode", "file_mode"), [(0o077, 0o700, 0o600), (0o022, 0o755, 0o644)])
+def test_who_may_read_what_is_written_is_as_the_mask_says(mask: int, folder_mode: int, file_mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with new_folder(tmp_path / "edit") as folder:
+            write_json(folder / "edit.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "edit").stat().st_mode & 0o777 == folder_mode
+    assert (tmp_path / "edit" / "edit.json").stat().st_mode & 0o777 == file_mode
 
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:

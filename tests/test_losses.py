@@ -42,28 +42,11 @@ def test_token_kl_is_the_mean_over_each_examples_positions():
     assert losses.token_kl(base, edited, ROW, 3, scale=0.5).tolist() == pytest.approx(bent, rel=1e-12)
 
 
-def test_bernoulli_losses():
-    base, edited, label = logits(3, 6), logits(4, 6), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
-    kl, nll = [], []
-    for b, e, y in zip(base.tolist(), edited.tolist(), label.tolist(), strict=True):
-        p, q = 1 / (1 + math.exp(-b)), 1 / (1 + math.exp(-e))
-        kl.append(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
-        nll.append(-math.log(p if y else 1 - p))
-    assert losses.bernoulli_kl(base, edited).tolist() == pytest.approx(kl, rel=1e-9)
-    assert losses.bernoulli_nll(base, label).tolist() == pytest.approx(nll, rel=1e-9)
-
-
-def test_bernoulli_kl_of_saturated_logits_is_finite():
-    far = torch.tensor([200.0, -200.0, 200.0])
-    assert losses.bernoulli_kl(far, torch.tensor([-200.0, -200.0, 200.0])).tolist() == pytest.approx([200.0, 0.0, 0.0])
-
-
 @pytest.mark.parametrize(("given", "result"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_results_are_float32_or_better(given, result):
     x, y = logits(5, 5, 7, dtype=given), logits(6, 5, 7, dtype=given)
-    flat = x[:, 0], y[:, 0]
-    some = losses.token_nll(x, LABEL, ROW, 3), losses.token_kl(x, y, ROW, 3), losses.bernoulli_kl(*flat)
-    assert {value.dtype for value in (*some, losses.bernoulli_nll(flat[0], (LABEL > 1).float()))} == {result}
+    some = losses.token_nll(x, LABEL, ROW, 3), losses.token_kl(x, y, ROW, 3)
+    assert {value.dtype for value in some} == {result}
     exact = losses.token_nll(x.double(), LABEL, ROW, 3)
     torch.testing.assert_close(some[0].double(), exact, rtol=1e-5, atol=1e-6)
 

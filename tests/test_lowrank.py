@@ -116,6 +116,13 @@ def test_stack_concatenate_and_selection():
         assert_close(batch[index].dense(), batch.dense()[index])
 
 
+@given(pairs())
+def test_fewest_is_the_same_matrix_in_no_more_rows_than_it_has(both):
+    a = both[0] + both[1]
+    assert_close(a.fewest().dense(), a.dense())
+    assert a.fewest().rows == min(a.rows, *a.shape)
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4), (2, 3, 5), (2, 5, 3)])
 def test_from_dense_conversion_and_detach(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(4)).requires_grad_()

@@ -405,6 +405,17 @@ def test_bad_input_is_said_to_be_bad(shared: Service, path: str, body: Any, para
         assert error["param"] == param
 
 
+def test_an_answer_without_a_length_fits_the_window(shared: Service) -> None:
+    window = shared.session.formatter.window
+    assert window is not None
+    for left in (3, 1):
+        service = Service(limits=Limits(gather_ms=0, max_tokens=8, prompt_tokens=window))
+        usage = service.ask("POST", "/v1/completions", {"prompt": "a" * (window - left)})["usage"]
+        assert usage["prompt_tokens"] == window - left
+        assert 1 <= usage["completion_tokens"] <= left
+        service.worker.close(10)
+
+
 def test_bad_input_in_a_query_is_said_to_be_bad(shared: Service) -> None:
     for query, param in (("limit=0", "limit"), ("state=x", "state"), ("after=" + "a" * 65, "after")):
         error = shared.ask("GET", f"/v1/edits?{query}", status=400)["error"]

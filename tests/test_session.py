@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+import mendlm.gate
 from cases import byte_tokenizer, other, tiny
 from mendlm.apply import CHANGED_BASE, Edit, applied, stacked
 from mendlm.editor import Editor
-from mendlm.errors import FormatError, GateError, InputError, LayerError, RecordError
+from mendlm.errors import FormatError, GateError, InputError, LayerError, NumericalError, RecordError
 from mendlm.gate import Asked, Gate, Guard, ask, judge, load_guards
 from mendlm.layers import default_layers, select
 from mendlm.methods.mend import Mend, MendConfig
@@ -373,6 +375,16 @@ def test_a_gate_reports_refuses_or_retries() -> None:
     assert made.edit.about["request"]["scale"] == pytest.approx(30e-6)
     with pytest.raises(GateError, match="at strength 30, 3e-05, 3e-06"):
         session.edit(PROMPTS[0], "a baker", scale=30.0)
+
+
+@pytest.mark.parametrize("on_fail", ["report", "refuse", "retry"])
+def test_answers_that_are_no_numbers_are_said(on_fail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = new_session(gate=Gate(on_fail=on_fail))
+    monkeypatch.setattr(mendlm.gate, "token_nll", lambda logits, label, row, size, whole: torch.full((size,), math.nan))
+    for attempt in (session.edit, session.preview):
+        with pytest.raises(NumericalError, match="answers with NaN or infinity"):
+            attempt(PROMPTS[0], "a baker")
+    assert session.store.records() == []
 
 
 def test_a_preview_changes_nothing() -> None:

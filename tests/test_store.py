@@ -244,6 +244,9 @@ def test_an_export_restores_damaged_files(store: Store, tmp_path: Path) -> None:
     paths[0].write_bytes(b"other")
     again = store.add(addition(b"first", prompt="again"))
     assert store.content(again.id) == b"first"
+    paths[0].write_bytes(b"other")  # now the export is older than the store, as backups are
+    assert store.import_from(tmp_path / "x.zip").added == ()
+    assert store.verify().problems == ()
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense" * 999])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import tempfile
@@ -239,6 +240,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="does not exist") as caught:
             load_edits(f"zsre:{path}")
         assert str(path) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, lines(NQ))
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(RecordError, match=f"{path.name}: cannot be read: Permission denied"):
+        load_unrelated(f"nq:{path}")
 
 
 def test_unrelated_sources_and_requests_are_not_confused(tmp_path: Path) -> None:

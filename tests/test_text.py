@@ -373,13 +373,24 @@ def test_batched_greedy_answers_equal_a_full_forward_a_token(name: str) -> None:
     assert cut != expected
 
 
-def test_sampling_settings_of_the_model_do_not_reach_greedy_answers() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 5.0, "top_k": 3, "num_beams": 1, "max_length": 4},
+        {"num_beams": 3, "repetition_penalty": 1e9, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(90, 127)), "min_new_tokens": 5},
+    ],
+)
+def test_settings_of_the_model_do_not_reach_greedy_answers(settings: dict[str, Any]) -> None:
     model = copy.deepcopy(tiny("llama"))
     form = Formatter.of(model, byte_tokenizer())
-    prompts = [form.encode("The river", None)]
-    expected = form.generate(model, prompts, 5)
-    model.generation_config.update(do_sample=True, temperature=5.0, top_k=3, num_beams=1, max_length=4)
-    assert form.generate(model, prompts, 5) == expected
+    prompts = [form.encode("The river runs", None), form.encode("a", None)]
+    expected = [greedy(model, form, prompt, 8, END) for prompt in prompts]
+    assert any(len(set(answer)) < len(answer) for answer in expected)  # which repeats itself
+    model.generation_config.update(**settings)
+    before = model.generation_config.to_dict()
+    assert form.generate(model, prompts, 8) == expected
+    assert model.generation_config.to_dict() == before
 
 
 def test_answers_stop_where_the_window_ends() -> None:

@@ -68,6 +68,10 @@ class Edit:
 
     __rmul__ = __mul__
 
+    def fewest(self) -> Edit:
+        """The same edit, each layer's rows as `LowRank.fewest`."""
+        return self._map(LowRank.fewest)
+
     def __getitem__(self, index: int | slice | Tensor) -> Edit:
         """Select from a batch of edits."""
         return self._map(lambda update: update[index])
@@ -354,20 +358,24 @@ def merge(model: nn.Module, edit: Edit, *, dequantize: bool = False) -> MergeRep
             raise LayerError(f"the weight of '{name}' {where}, so nothing can be merged into it; use the edit as an overlay")
     make_differentiable(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for name, module in packed.items():
-        dense = dequantized(module, dtype)
-        model.set_submodule(name, dense)
-        layers[name] = (dense, *layers[name][1:])
     weights = {n: m.get_parameter("weight").detach().clone() for n, (m, _, _) in layers.items() if n not in packed}
     snapshot = Snapshot(weights, packed)
     lost = {}
-    with torch.no_grad():
-        for name, (module, spec, update) in layers.items():
-            weight = spec.weight(module)
-            precise = torch.promote_types(weight.dtype, torch.float32)
-            wanted = update.to(weight.device).to(precise).dense()
-            before = weight.to(precise, copy=True)
-            weight.copy_(before + wanted)
-            norm = wanted.norm().item()
-            lost[name] = ((weight - before) - wanted).norm().item() / norm if norm else 0.0
+    try:
+        for name, module in packed.items():
+            dense = dequantized(module, dtype)
+            model.set_submodule(name, dense)
+            layers[name] = (dense, *layers[name][1:])
+        with torch.no_grad():
+            for name, (module, spec, update) in layers.items():
+                weight = spec.weight(module)
+                precise = torch.promote_types(weight.dtype, torch.float32)
+                wanted = update.to(weight.device).to(precise).dense()
+                before = weight.to(precise, copy=True)
+                weight.copy_(before + wanted)
+                norm = wanted.norm().item()
+                lost[name] = ((weight - before) - wanted).norm().item() / norm if norm else 0.0
+    except BaseException:  # out of memory, Ctrl-C: all layers or none
+        snapshot.restore(model)
+        raise
     return MergeReport(lost, snapshot)

@@ -161,18 +161,20 @@ class Run:
 
     def cut_log(self, step: int) -> None:
         """Drop lines after a step: they will be made again."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-        write_bytes(path, b"".join(kept))
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        write_bytes(self.folder / "metrics.jsonl", b"".join(kept))
 
     def last_metrics(self) -> dict[str, float]:
         """The last line of metrics.jsonl; step 0 before there is one."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = self._lines()
         content = json.loads(lines[-1]) if lines else {"step": 0}
         assert isinstance(content, dict)
         return content
+
+    def _lines(self) -> list[bytes]:
+        """The lines of metrics.jsonl; one that a full disk or a power cut left half-written is none."""
+        path = self.folder / "metrics.jsonl"
+        return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
 
     def save_editor(self, method: Learned, about: Mapping[str, Any]) -> None:
         """Write editor.safetensors."""

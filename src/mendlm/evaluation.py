@@ -158,7 +158,7 @@ class Evaluator:
                 for text in texts[start : start + k]:
                     with applied(self.model, stack) if stack is not None else contextlib.nullcontext():
                         new = self.method.edits(self.model, self.formatter.batch([text])) * self.config.scale
-                    stack = new.require_finite() if stack is None else stack + new.require_finite()
+                    stack = new.require_finite() if stack is None else (stack + new.require_finite()).fewest()
                     held.append(self.score([(0, text)], stack)[0].right)
             assert stack is not None
             stacks.append(stack)

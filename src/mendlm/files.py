@@ -9,8 +9,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,16 +57,15 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     Raises `StorageError` where the disk is full or the folder cannot be written.
     """
     with storing(path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = _beside(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 yield file
                 file.flush()
-                os.fchmod(file.fileno(), 0o644)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
 
@@ -118,30 +117,42 @@ def sha256(path: Path) -> str:
 def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Fill a temporary folder that becomes `path` when the block ends well; on an error nothing is left.
 
-    An existing `path` is refused, or with `force` replaced in the end.
+    An existing `path` that holds something is refused, or with `force` replaced in the end. One that holds nothing is filled,
+    file by file: it may be a volume, or where the process is, which cannot be renamed.
     """
-    path = Path(path)
-    refuse_existing(path, force=force)
+    refuse_existing(Path(path), force=force)
+    path = Path(path).resolve()
+    fills = path.is_dir() and not any(found.name != LOCK for found in path.iterdir())
     with folder(path.parent):
+        temporary = _beside(path / "new" if fills else path)
         with storing(path):
-            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            temporary.mkdir()
         try:
             yield temporary
-            temporary.chmod(0o755)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-                os.replace(path, old)
-                try:
+            with storing(path):
+                if fills:
+                    for found in temporary.iterdir():
+                        os.replace(found, path / found.name)
+                    temporary.rmdir()
+                elif path.exists():
+                    old = _beside(path)
+                    os.replace(path, old)
+                    try:
+                        os.replace(temporary, path)
+                    except BaseException:
+                        os.replace(old, path)
+                        raise
+                    shutil.rmtree(old)
+                else:
                     os.replace(temporary, path)
-                except BaseException:
-                    os.replace(old, path)
-                    raise
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _beside(path: Path) -> Path:
+    """A name of nothing yet, beside a path."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from mendlm.apply import Edit, side_by_side
-from mendlm.errors import InputError
+from mendlm.errors import InputError, NumericalError
 from mendlm.losses import token_nll
 from mendlm.metrics import continues
 from mendlm.tasks import EditExample
@@ -121,7 +121,8 @@ def ask(
 ) -> list[Asked]:
     """The questions with the model's answers under one edit and under another (None: the model as it runs now).
 
-    Raises `InputError` for a prompt that cannot be used, before anything runs.
+    Raises `InputError` for a prompt that cannot be used, before anything runs, and `NumericalError` where the probability of an
+    answer is no number.
     """
     prompts = [formatter.encode(one.prompt, None, chat=one.chat) for one in asked]
     wanted = [formatter.encode(one.prompt, one.wanted, chat=one.chat) if one.wanted else None for one in asked]
@@ -130,6 +131,8 @@ def ask(
     said = both.answers(prompts, max(tokens, longest))
     known = [text or Encoded(prompt.prompt, was) for text, prompt, was in zip(wanted, prompts, said[0], strict=True)]
     chances = both.probabilities(known)
+    if not all(math.isfinite(chance) for some in chances for chance in some):
+        raise NumericalError("under this edit the model answers with NaN or infinity; try a smaller scale")
     answered = []
     for place, one in enumerate(asked):
         was, now = (formatter.decode(answers[place]) for answers in said)

@@ -69,7 +69,7 @@ class Record:
     size: int
     """The bytes of that file."""
     stack: tuple[str, ...]
-    """The edits that were active when it was made."""
+    """The edits that it was made under: none for one made on the base."""
     checks: Mapping[str, Any]
     """What the gate saw (`mendlm.gate.Checks`): `passed`, and `asked` with `kind`, `prompt`, `before`, `after`, `ok`, ..."""
     state: Literal["active", "undone", "superseded"]

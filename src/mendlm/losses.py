@@ -91,15 +91,3 @@ class _KL(torch.autograd.Function):
     def backward(ctx: Any, weights: Tensor) -> tuple[None, Tensor]:
         (slope,) = ctx.saved_tensors
         return None, slope * weights.to(slope.dtype).unsqueeze(-1)
-
-
-def bernoulli_nll(logits: Float[Tensor, "size"], label: Float[Tensor, "size"]) -> Float[Tensor, "size"]:
-    """`-log p(y)` of a binary label under one logit."""
-    return F.binary_cross_entropy_with_logits(_precise(logits), label.to(_precise(logits).dtype), reduction="none")
-
-
-def bernoulli_kl(base: Float[Tensor, "size"], edited: Float[Tensor, "size"]) -> Float[Tensor, "size"]:
-    """The exact KL between two Bernoulli distributions given by their logits."""
-    base, edited = _precise(base), _precise(edited)
-    p = base.sigmoid()
-    return p * (F.logsigmoid(base) - F.logsigmoid(edited)) + (1 - p) * (F.logsigmoid(-base) - F.logsigmoid(-edited))

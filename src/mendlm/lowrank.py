@@ -148,6 +148,10 @@ class LowRank:
         pad = torch.nn.functional.pad
         return self if extra == 0 else LowRank(pad(self.u, (0, 0, 0, extra)), pad(self.delta, (0, 0, 0, extra)))
 
+    def fewest(self) -> LowRank:
+        """The same matrix, within rounding, in no more rows than its smaller side: where there are more, as a dense one."""
+        return self if self.rows <= min(self.shape) else LowRank.from_dense(self.dense())
+
     def grouped(self, size: int) -> LowRank:
         """Sum each `size` consecutive matrices of a batch: (batch, rows, d) becomes (batch / size, size * rows, d)."""
         if len(self.batch) != 1 or self.batch[0] % size:

@@ -6,10 +6,13 @@ weights are refused. Knows nothing of editing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import struct
 import subprocess
 import sys
@@ -122,7 +125,11 @@ def load(
                 f"start one, or split the model over them by device_map '{SHARDS}'"
             )
         require("accelerate", "train")
-        spread = {"device_map": device_map, "offload_folder": str(cache_folder() / "offload")}
+        offload = (
+            cache_folder() / "offload" / secrets.token_hex(6)
+        )  # of this model alone: files there are named by the parameters
+        atexit.register(shutil.rmtree, offload, ignore_errors=True)
+        spread = {"device_map": device_map, "offload_folder": str(offload)}
     wanted = as_dtype(dtype, where)
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise InputError(f"unknown quantisation '{quantize}'; choose {', '.join(QUANTIZATIONS)}, or leave it out")

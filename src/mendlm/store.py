@@ -51,7 +51,7 @@ class Addition:
     editor: Mapping[str, Any] = field(default_factory=dict)
     checks: Mapping[str, Any] = field(default_factory=dict)
     stack: Sequence[str] = ()
-    """The edits that were active when it was made."""
+    """The edits that it was made under: none for one made on the base."""
 
 
 @dataclass(frozen=True)
@@ -426,10 +426,10 @@ class Store:
     def import_from(self, path: str | Path, *, author: str = "", reason: str = "") -> Imported:
         """Take in what `export_to` wrote.
 
-        If the other journal goes on where this one ends, its entries follow here as they are, both have one history, and files
-        that are missing or damaged here are written again. Else
+        If the other journal goes on where this one ends, its entries follow here as they are, and both have one history. Else
         the edits that are active there, and unknown here, are added as new ones, superseding those of the same prompts here;
-        they say where they come from (`Record.imported`). All or nothing.
+        they say where they come from (`Record.imported`). Either way files that both have, and that are missing or damaged
+        here, are written again. All or nothing.
 
         Raises `FormatError` for a file that is none, a damaged one, and one for another base.
         """
@@ -441,13 +441,14 @@ class Store:
                 if goes_on := ours == theirs[: len(ours)]:
                     for entry in other.entries[begun:]:
                         self._append(json.loads(entry.body))
-                    for file, size in other.history.files().items():
-                        self._keep(file, other.file(file, size), new)
                 elif theirs != ours[: len(theirs)]:
                     origins = {record.origin for record in self._history.records()}
                     for record in other.history.active():
                         if record.origin not in origins:
                             self._add(other.addition(record), other.told(record, author, reason), new)
+                for file, size in other.history.files().items():
+                    if file in self._history.files():
+                        self._keep(file, other.file(file, size), new)
         added = [record for record in self._history.records() if record.id not in known]
         return Imported(tuple(added), self._history.number - begun, goes_on)
 

@@ -18,7 +18,6 @@ Knows tokenizers and models' inputs; knows no task and no method.
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,8 @@ Family = Literal["causal", "encoder-decoder", "classifier"]
 TargetEnd = Literal["auto", "always", "never"]
 BINARY_LABELS = ("REFUTES", "SUPPORTS")
 """What the labels of a binary classifier are called if its configuration does not name them: the second is positive."""
+GREEDY = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "use_cache")
+"""What greedy answers take from a model's settings of generation."""
 SHORT = 64
 """Tokens of the longest text that `short_attention` is for."""
 NO_LABEL = -100
@@ -271,9 +272,9 @@ class Formatter:
         ids, mask = self.pad([list(text.prompt) for text in prompts], left=self.family == "causal")
         if self.family == "causal" and self.window is not None:
             max_new_tokens = min(max_new_tokens, self.window - ids.shape[1] + 1)  # the last token is not fed back
-        config = copy.deepcopy(model.generation_config)
-        config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None)
-        config.update(repetition_penalty=None, no_repeat_ngram_size=None, min_length=None, min_new_tokens=None)
+        # Of the model's own settings only these: penalties and the like would change the answer, and fill in what is not given.
+        own = model.generation_config
+        config = type(own)(**{name: getattr(own, name) for name in GREEDY}, do_sample=False)
         # A forced BOS counts as new; a forced EOS would take the last place, so it is given one of its own.
         given = max(0, len(self.start) - 1) + (config.forced_eos_token_id is not None)
         config.update(max_new_tokens=max_new_tokens + given, pad_token_id=self.tokenizer.pad_token_id or 0)
@@ -282,9 +283,11 @@ class Formatter:
         # transformers gives the head the last position of a prompt as a slice; in bf16 on a CPU that takes 300 times longer
         # than the same numbers side by side (torch 2.13: 4.7 s instead of 15 ms for 64 prompts).
         handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+        model.generation_config = config
         try:
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         finally:
+            model.generation_config = own
             handle.remove()
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         answers = []
@@ -329,6 +332,10 @@ def _labels(model: Any, tokenizer: Any) -> tuple[str, ...]:
     if config.pad_token_id != tokenizer.pad_token_id:  # decoders find a text's end by it, RoBERTa its positions
         own, other = config.pad_token_id, tokenizer.pad_token_id
         raise ModelError(f"{name} pads with token {own}, its tokenizer with {other}; set pad_token_id of both alike")
+    if config.pad_token_id is None:
+        raise ModelError(
+            f"{name} and its tokenizer have no padding token, which texts in one batch need; set pad_token_id of both"
+        )
     names = config.id2label
     if config.num_labels == 1:  # a single logit: only the other direction can hold both names
         names = {int(index): label for label, index in (config.label2id or {}).items()}

@@ -65,7 +65,8 @@ class Cache(Method):
         for start in range(0, batch.size, TOGETHER):
             part = batch.part(start, min(start + TOGETHER, batch.size))
             kept = part.label != NO_LABEL
-            state, label = self._states(model, part)[kept], part.label[kept]
+            states, label = self._states(model, part), part.label[kept]
+            state = states[kept.to(states.device)]  # a device map may have the head on another card than the texts
             if not bool(state.isfinite().all()):
                 raise InputError("the model's states are not finite; make a cache's edits outside of another's, in float32")
             counts = torch.bincount(part.row[kept], minlength=part.size).tolist()
@@ -107,13 +108,14 @@ class Memory:
 
         With beams, each row of the routing serves a run of rows.
         """
-        routing = torch.arange(len(self.keys), device=states.device) if routing is None else routing
-        require_indices(routing, len(self.keys))
+        kept, labels = self.keys.to(states.device), self.values.to(states.device)
+        routing = torch.arange(len(kept), device=states.device) if routing is None else routing
+        require_indices(routing, len(kept))
         routing = routing.to(states.device, non_blocking=True)
         if len(states) % len(routing):
             raise InputError(f"{len(states)} rows of input do not divide among {len(routing)} rows of routing")
         routing = routing.repeat_interleave(len(states) // len(routing))
-        keys, values = self.keys[routing.clamp(min=0)].float(), self.values[routing.clamp(min=0)]
+        keys, values = kept[routing.clamp(min=0)].float(), labels[routing.clamp(min=0)]
         away = torch.cdist(states.float(), keys, compute_mode="donot_use_mm_for_euclid_dist") / keys.norm(dim=-1).unsqueeze(1)
         away = away.masked_fill((values < 0).unsqueeze(1), float("inf"))
         nearest, place = away.min(-1)
@@ -130,10 +132,11 @@ class Memory:
             return (_marked(args[0], self.answers(args[0], routing)), *args[1:])
 
         def say(module: Any, args: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-            return _saying(logits, _marks(args[0]))
+            return _saying(logits, _marks(args[0]).to(logits.device))
 
         def label(module: Any, args: Any, output: Any) -> Any:
-            output.logits = _saying(output.logits, self.answers(found.pop().unsqueeze(1), routing)[:, 0])
+            said = self.answers(found.pop().unsqueeze(1), routing)[:, 0]
+            output.logits = _saying(output.logits, said.to(output.logits.device))
             return output
 
         with contextlib.ExitStack() as stack:

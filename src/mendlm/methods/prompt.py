@@ -164,7 +164,8 @@ class _Inserted:
         """The head sees the texts' own places, unless it was to see the last one only."""
         hidden = args[0]
         if hidden.dim() == 3 and hidden.shape[1] == self.length:
-            hidden = hidden.gather(1, self.places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+            places = self.places.to(hidden.device)  # a device map may have the head on another card
+            hidden = hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
         return (hidden, *args[1:]), kwargs
 
     def enter_split(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:

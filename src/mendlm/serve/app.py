@@ -184,7 +184,7 @@ def create_app(worker: Worker, *, tokens: Tokens | None = None, name: str = "men
     @app.post("/v1/completions", response_model=schemas.Completion, responses={**streamed, **missing}, tags=["completions"])
     async def complete(request: Request, body: schemas.CompletionBody) -> Response:
         """Continue a text, or several."""
-        how = {"max_tokens": body.max_tokens or min(DEFAULT_TOKENS, worker.limits.max_tokens), **_sampling(body)}
+        how = {"max_tokens": body.max_tokens, "default_tokens": DEFAULT_TOKENS, **_sampling(body)}
         return await answer(request, body, [CompletionRequest(prompt=prompt, **how) for prompt in body.prompts])
 
     @app.post(

@@ -108,7 +108,7 @@ class EditRecord(BaseModel):
     base: dict[str, Any]
     file: str = Field(description="The sha256 of its file.")
     size: int = Field(description="The bytes of its file.")
-    stack: list[str] = Field(description="The edits that were active when it was made.")
+    stack: list[str] = Field(description="The edits that it was made under: none for one made on the base.")
     checks: Checks
     state: Literal["active", "undone", "superseded"]
     superseded_by: str | None

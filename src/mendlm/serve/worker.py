@@ -86,7 +86,8 @@ class CompletionRequest:
     messages: Sequence[Mapping[str, str]] | None = None
     """The turns of a chat, each with a `role` (system, user or assistant) and its `content`."""
     max_tokens: int | None = None
-    """The longest answer in tokens. None: as long as the worker's limits and the model's window allow."""
+    """The longest answer in tokens. None: as long as the worker's limits and the model's window allow, and `default_tokens`."""
+    default_tokens: int | None = None
     temperature: float = 0.0
     """As in `Row`, like the next three."""
     top_p: float = 1.0
@@ -405,7 +406,8 @@ class Worker:
         if size > limits.prompt_tokens:
             raise InputError(f"the prompt has {size} tokens; this service allows at most {limits.prompt_tokens}")
         room = limits.max_tokens if form.window is None else form.window - size
-        wanted = min(limits.max_tokens, max(1, room)) if request.max_tokens is None else request.max_tokens
+        most = limits.max_tokens if request.default_tokens is None else min(limits.max_tokens, request.default_tokens)
+        wanted = min(most, max(1, room)) if request.max_tokens is None else request.max_tokens
         if form.window is not None and wanted > room:
             raise InputError(
                 f"the prompt has {size} tokens and max_tokens is {wanted}, but the model's window holds {form.window} "

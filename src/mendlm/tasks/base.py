@@ -290,3 +290,5 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecordError(path, None, None, f"is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise RecordError(path, None, None, f"cannot be read: {error.strerror or error}") from None
