@@ -146,6 +146,15 @@ def test_the_window_holds_its_longest_text_and_no_more(name: str) -> None:
         form.encode("a" * (form.window + 1), None)
 
 
+def test_what_cannot_be_used_is_said_beforehand() -> None:
+    form = formatter("bert")
+    form.require_usable(["a" * 128, "a"], "SUPPORTS")
+    with pytest.raises(InputError, match="window 128"):
+        form.require_usable(["a", "a" * 129], None)
+    with pytest.raises(InputError, match="no label 'MAYBE'"):
+        form.require_usable(["a"], "MAYBE")
+
+
 @pytest.mark.parametrize("logits", ["", " two logits"])
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_batch_is_the_tokenizers_own_and_each_text_as_alone(name: str, logits: str) -> None:

@@ -97,6 +97,19 @@ def test_an_empty_folder_is_filled_where_it_is(place: str, tmp_path: Path, monke
         stopped()
     assert os.listdir(real) == []
     inode = real.stat().st_ino
+
+    def second_fails(source: Path, target: Path) -> None:
+        seen.append(source)
+        if len(seen) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    seen: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", second_fails)
+        with pytest.raises(StorageError, match="No space left"), new_folder(path) as folder:
+            [(folder / name).mkdir() for name in "abc"]
+    assert os.listdir(real) == []
     with new_folder(path) as folder:
         (folder / "a").write_text("a")
         (folder / "b").mkdir()

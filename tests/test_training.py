@@ -235,6 +235,24 @@ def test_a_long_unrelated_answer_is_scored_in_a_run_from_a_random_place() -> Non
     assert text == Encoded(whole.prompt, whole.target[:3])
 
 
+@pytest.mark.parametrize("place", ["prompt", "rephrasings", "unrelated", "elsewhere", "valid"])
+@pytest.mark.parametrize("letter", ["a", "ä"])
+def test_a_text_that_does_not_fit_is_said_before_the_first_step(place: str, letter: str, tmp_path: Path) -> None:
+    long, end = letter * (129 if letter == "a" else 65), facts(0, 9)
+    change = {
+        "prompt": {"prompt": long},
+        "rephrasings": {"rephrasings": ("short", long)},
+        "unrelated": {"unrelated": (Probe("Why?", long),)},
+    }.get(place, {})
+    data = replace(end, examples=(*end.examples[:-1], replace(end.examples[-1], **change)))
+    valid = replace(end, examples=(replace(end.examples[0], prompt=long),)) if place == "valid" else None
+    locality = [replace(ELSEWHERE, probes=(*ELSEWHERE.probes, Probe(long, None)))] if place == "elsewhere" else []
+    config = replace(SMALL, steps=1, batch_size=1, normalizer_examples=1, valid_examples=1, own_locality=0.0)
+    with pytest.raises(InputError, match="the model's window 128"):
+        train(new_method(), tiny("llama"), byte_tokenizer(), data, config, tmp_path / "run", valid=valid, locality=locality)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_request_and_its_rephrasing_have_one_form() -> None:
     form, config, rng = Formatter.of(tiny("llama"), byte_tokenizer()), TrainConfig(chat_share=0.5), random.Random(0)
     drawn = [draw(example(1), (), form, config, rng) for _ in range(40)]

@@ -124,9 +124,14 @@ class Evaluator:
 
     def encode(self, example: EditExample, prompt: str, answer: str | None = None) -> Encoded:
         """A prompt with the example's target, or another answer, in the form that the configuration asks for."""
+        return self.formatter.encode(prompt, answer or example.target, **self._form(example))
+
+    def _form(self, example: EditExample) -> dict[str, bool]:
         chat, family = self.config.chat, self.formatter.family
-        end = target_ends(self.config.target_end, question=example.question, chat=chat, family=family)
-        return self.formatter.encode(prompt, answer or example.target, chat=chat, end=end)
+        return {
+            "chat": chat,
+            "end": target_ends(self.config.target_end, question=example.question, chat=chat, family=family),
+        }
 
     def edit(self, texts: list[Encoded]) -> Intervention:
         """The edits of a chunk of requests, one a group of `num_edits` of them, all at once."""
@@ -246,6 +251,13 @@ class Evaluator:
                 end = (self.formatter.tokenizer.eos_token_id,)
                 texts[index] = Encoded(texts[index].prompt, tokens or end)
         return texts
+
+    def require_usable(self, examples: Sequence[EditExample]) -> None:
+        """Raise now for a text that would end the evaluation at whatever chunk it is in."""
+        for one in examples:
+            self.formatter.require_usable((one.prompt, *one.rephrasings), one.target, **self._form(one))
+            for probe in (*one.unrelated, *one.portability):
+                self.formatter.require_usable([probe.prompt], probe.answer, chat=self.config.chat)
 
     def rows(self, examples: Sequence[EditExample], extra: Sequence[Sequence[Probe]], passages: Sequence[Probe]) -> list[Any]:
         """Edit a chunk of examples and score all of it; `extra` and `passages` are per example."""
@@ -406,6 +418,7 @@ def evaluate(
         require_work(count, len(starts))
         processes.agree({"data": data.sha256, "evaluation": plain(asdict(config)), "requests": count})
     evaluator = Evaluator(method, specs, model, tokenizer, config)
+    evaluator.require_usable(examples)
     memory.forget_peak(evaluator.formatter.device)
     asking = [source.probes for source in locality if not source.prose]
     reading = [source.probes for source in locality if source.prose]

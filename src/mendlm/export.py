@@ -123,7 +123,7 @@ def export_merged(
                 merged.snapshot.restore(model)
         tokenizer.save_pretrained(temporary)
         for path in temporary.iterdir():  # safetensors' are for their owner alone
-            path.chmod(0o644)
+            path.chmod((temporary / "config.json").stat().st_mode & 0o777)
         written, its_tokenizer = load(temporary, dtype=_dtype(model), device=device_of(model))
         merged_answers = _answers(written, its_tokenizer, asked, None)
         told = [_told(number, *both) for (number, _), *both in zip(asked, overlay, merged_answers, strict=True)]

@@ -131,9 +131,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             yield temporary
             with storing(path):
                 if fills:
-                    for found in temporary.iterdir():
-                        os.replace(found, path / found.name)
-                    temporary.rmdir()
+                    _move_up(temporary)
                 elif path.exists():
                     old = _beside(path)
                     os.replace(path, old)
@@ -148,6 +146,20 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _move_up(folder: Path) -> None:
+    """Move all that a folder holds to where it lies itself, or nothing."""
+    moved = []
+    try:
+        for found in list(folder.iterdir()):
+            os.replace(found, folder.parent / found.name)
+            moved.append(found)
+    except BaseException:
+        for found in moved:
+            os.replace(folder.parent / found.name, found)
+        raise
+    folder.rmdir()
 
 
 def _beside(path: Path) -> Path:

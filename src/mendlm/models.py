@@ -125,9 +125,7 @@ def load(
                 f"start one, or split the model over them by device_map '{SHARDS}'"
             )
         require("accelerate", "train")
-        offload = (
-            cache_folder() / "offload" / secrets.token_hex(6)
-        )  # of this model alone: files there are named by the parameters
+        offload = cache_folder() / "offload" / secrets.token_hex(6)  # its own: files there have the parameters' names
         atexit.register(shutil.rmtree, offload, ignore_errors=True)
         spread = {"device_map": device_map, "offload_folder": str(offload)}
     wanted = as_dtype(dtype, where)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -151,6 +151,16 @@ class Formatter:
         for part in parts:
             self._require_room(part, prompt)
         return Encoded(tuple(ids), tuple(answer), ended)
+
+    def require_usable(self, prompts: Iterable[str], target: str | None, *, chat: bool = False, end: bool = False) -> None:
+        """Raise now what `encode` would raise for an unknown label, or for a text over the window; quick for short texts."""
+        if self.family == "classifier" and target is not None:
+            self._label(target)
+        for prompt in prompts:
+            text = prompt + (target or "")
+            size = len(text) if text.isascii() else 4 * len(text)  # a token is a byte at least; a template takes some more
+            if self.window is not None and size > self.window // 4:
+                self.encode(prompt, target, chat=chat, end=end)
 
     def encode_chat(self, turns: Sequence[Mapping[str, str]]) -> Encoded:
         """A chat of several turns, up to where the assistant's next answer begins, as token ids.
