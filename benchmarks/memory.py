@@ -29,11 +29,12 @@ from mendlm.text import by_length, scored_logits
 from mendlm.training import TrainConfig, outer_loss
 
 CONFIG = TrainConfig(edit_weight=1.0, own_locality=1.0)
+BATCH = 64
 
 
 def main() -> None:
     parser = bench.parser(__doc__)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--shape", choices=scale.SHAPES, help="a decoder of random weights instead of a model")
     sides = ["loaded", "activations", "inference", "step", "oracle"]
     parser.add_argument("--side", choices=sides, help="run one side and print its peak")
@@ -70,6 +71,7 @@ def main() -> None:
     if "oracle" in found:
         result |= {"oracle_over_floor": found["oracle"]["peak_mb"] / floor, "oracle_peak_mb": found["oracle"]["peak_mb"]}
     name = f"memory-{arguments.shape}" if arguments.shape else "memory"
+    name += f"-of-{arguments.batch}" if arguments.shape and arguments.batch != BATCH else ""
     bench.save(arguments, name, torch.device(loaded["device"]), result)
 
 

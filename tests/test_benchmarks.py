@@ -32,6 +32,7 @@ FOUND: dict[str, list[str]] = {
     "replay": ["ratio", "bit_equal"],
     "memory": ["peak_over_floor", "peak_over_inference", "oracle_over_floor"],
     "memory-toy": ["peak_over_floor", "peak_over_inference"],
+    "memory-toy-of-10": ["peak_over_inference"],
     "startup": ["help_over_python", "import_over_python"],
     "applying": ["tokens_per_second.own 32", "rows"],
     "quantised": ["kinds.dense.bytes", "kinds.nf4.made up.edit_ms.p50"],
