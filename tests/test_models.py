@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mendlm.apply import applied, merge
 from mendlm.errors import InputError, LayerError, ModelError
 from mendlm.layers import default_layers
 from mendlm.methods.mend import Mend, MendConfig
-from mendlm.models import device_of, identity, load, starter_folder
+from mendlm.models import as_device, device_of, identity, load, starter_folder
 from mendlm.replay import Trunk
 from mendlm.text import scored_logits
 
@@ -232,3 +233,16 @@ def test_a_device_map_goes_with_no_device_and_shards_with_several_processes(tmp_
         load(tmp_path, device="cpu", device_map="shards")
     with pytest.raises(InputError, match=r"unknown device map 'cuda:0'; choose auto, .*, shards, or give the one device"):
         load(tmp_path, device_map="cuda:0")
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def as_apples(*size: int, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return empty(*size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", as_apples)
+    with pytest.raises(InputError, match="cannot use the device 'mps' .*float64.*this machine has cpu"):
+        as_device("mps")

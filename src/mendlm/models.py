@@ -344,7 +344,7 @@ def device_of(model: Any) -> torch.device:
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
-    """A device by name, CUDA where there is one for None. Raises `InputError` for one that this machine does not have."""
+    """A device by name, CUDA where there is one for None. Raises `InputError` for one that cannot be used."""
     try:
         where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
         if where.type == "cuda" and processes.count() > 1:
@@ -352,9 +352,9 @@ def as_device(device: str | torch.device | None) -> torch.device:
                 raise InputError(f"{processes.count()} processes have a card each; give the device cuda, not '{device}'")
             where = torch.device("cuda", processes.local_rank())
             torch.cuda.set_device(where)
-        found = torch.empty(1, device=where)
+        found = torch.empty(1, dtype=torch.float64, device=where)  # as statistics are; Apple's devices have no such numbers
         found.sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         count = torch.cuda.device_count()
         have = "cpu" + "".join(f", cuda:{i}" for i in range(count))
         problem = str(error).strip().split("\n")[0]
