@@ -244,5 +244,5 @@ def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         return empty(*size, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", as_apples)
-    with pytest.raises(InputError, match="cannot use the device 'mps' .*float64.*this machine has cpu"):
+    with pytest.raises(InputError, match=r"cannot use the device 'mps' .*float64.*this machine has cpu"):
         as_device("mps")
