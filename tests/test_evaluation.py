@@ -271,12 +271,24 @@ def test_numbers_equal_those_of_one_text_at_a_time(name: str, method: str, setti
     assert any(before != after for before, after in changed) or not all(p["kept"] for r in results.rows for p in r["locality"])
 
 
-@pytest.mark.parametrize("change", [{"prompt": "a" * 200}, {"portability": (Probe("Who?", "a" * 200),)}])
-def test_a_text_that_does_not_fit_is_said_before_the_first_edit(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("change", "more", "watched"),
+    [
+        ({"prompt": "a" * 200}, {}, []),
+        ({"portability": (Probe("Who?", "a" * 200),)}, {}, []),
+        ({"old": "a" * 200}, {}, []),
+        ({}, {"context": "a" * 120}, []),
+        ({}, {}, [replace(ASKING, probes=(*ASKING.probes, Probe("a" * 200, "b")))]),
+        ({}, {}, [replace(READING, probes=(*READING.probes, Probe("a" * 200, "b")))]),
+    ],
+)
+def test_a_text_that_does_not_fit_is_said_before_the_first_edit(
+    change: Any, more: Any, watched: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Evaluator, "rows", lambda *_: pytest.fail("something ran"))
-    data = replace(DATA, examples=(*EXAMPLES[:-1], replace(EXAMPLES[-1], **change)))
+    data, method = replace(DATA, examples=(*EXAMPLES[:-1], replace(EXAMPLES[-1], **change))), trained("llama")
     with pytest.raises(InputError, match="the model's window 128"):
-        evaluate(trained("llama"), trained("llama").specs, tiny("llama"), byte_tokenizer(), data, CONFIG)
+        evaluate(method, method.specs, tiny("llama"), byte_tokenizer(), data, replace(CONFIG, **more), locality=watched)
 
 
 def test_the_summary_has_every_key() -> None:

@@ -119,6 +119,27 @@ def test_an_empty_folder_is_filled_where_it_is(place: str, tmp_path: Path, monke
     assert sorted(os.listdir(tmp_path)) == ["link", "real"]
 
 
+def test_where_the_process_is_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "project" / "inside"
+    inside.mkdir(parents=True)
+    (inside / "precious").write_text("a")
+    (tmp_path / "link").symlink_to(inside)
+    monkeypatch.chdir(inside)
+    for path in (Path(), Path(".."), Path("../.."), inside, inside.parent, tmp_path / "link"):
+        with pytest.raises(InputError, match="cannot be replaced; name another folder"), new_folder(path, force=True):
+            pass
+    assert (inside / "precious").read_text() == "a"
+    assert os.listdir(inside) == ["precious"]
+    assert os.listdir(inside.parent) == ["inside"]
+
+
+def test_what_a_killed_process_left_of_filling_a_folder_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ".new.0123456789ab").mkdir()
+    with new_folder(tmp_path) as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / "a").read_text() == "a"
+
+
 def test_what_cannot_be_renamed_is_said_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")

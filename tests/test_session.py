@@ -382,9 +382,23 @@ def test_answers_that_are_no_numbers_are_said(on_fail: Any, monkeypatch: pytest.
     session = new_session(gate=Gate(on_fail=on_fail))
     monkeypatch.setattr(mendlm.gate, "token_nll", lambda logits, label, row, size, whole: torch.full((size,), math.nan))
     for attempt in (session.edit, session.preview):
-        with pytest.raises(NumericalError, match="answers with NaN or infinity"):
+        with pytest.raises(NumericalError, match="with NaN or infinity; make the edit at a smaller scale"):
             attempt(PROMPTS[0], "a baker")
     assert session.store.records() == []
+
+
+def test_a_strength_whose_answers_are_no_numbers_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = new_session(gate=Gate(on_fail="retry", scales=(1e-6,)))
+    target, tried, nll = session.answer(PROMPTS[0], max_new_tokens=1), [], mendlm.gate.token_nll
+
+    def first_is_nan(*args: Any, **more: Any) -> torch.Tensor:
+        tried.append(1)
+        return nll(*args, **more) * (math.nan if len(tried) == 1 else 1)
+
+    monkeypatch.setattr(mendlm.gate, "token_nll", first_is_nan)
+    made = session.edit(PROMPTS[0], target, scale=30.0)
+    assert made.edit.about["request"]["scale"] == pytest.approx(30e-6)
+    assert len(tried) == 2
 
 
 def test_a_preview_changes_nothing() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -391,6 +392,20 @@ def test_settings_of_the_model_do_not_reach_greedy_answers(settings: dict[str, A
     before = model.generation_config.to_dict()
     assert form.generate(model, prompts, 8) == expected
     assert model.generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_settings_of_a_peft_model_stay_its_own(name: str) -> None:
+    model = copy.deepcopy(tiny(name))
+    model.generation_config.update(repetition_penalty=1e9)
+    own, form = model.generation_config, Formatter.of(model, byte_tokenizer())
+    prompts = [form.encode("The river runs", None)]
+    expected = formatter(name).generate(tiny(name), prompts, 8)
+    kind = "CAUSAL_LM" if name == "llama" else "SEQ_2_SEQ_LM"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type=kind))
+    assert form.generate(wrapped, prompts, 8) == expected
+    assert model.generation_config is own
+    assert own.repetition_penalty == 1e9
 
 
 def test_answers_stop_where_the_window_ends() -> None:

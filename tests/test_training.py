@@ -251,6 +251,11 @@ def test_a_text_that_does_not_fit_is_said_before_the_first_step(place: str, lett
     with pytest.raises(InputError, match="the model's window 128"):
         train(new_method(), tiny("llama"), byte_tokenizer(), data, config, tmp_path / "run", valid=valid, locality=locality)
     assert not (tmp_path / "run").exists()
+    if place == "unrelated":  # with another source and own_locality at 0 it is never drawn
+        train(new_method(), tiny("llama"), byte_tokenizer(), data, config, tmp_path / "run", locality=[ELSEWHERE])
+    if place == "valid":  # nor is what lies behind the first valid_examples
+        valid = replace(end, examples=(end.examples[0], *valid.examples))
+        train(new_method(), tiny("llama"), byte_tokenizer(), data, config, tmp_path / "run", valid=valid)
 
 
 def test_a_request_and_its_rephrasing_have_one_form() -> None:

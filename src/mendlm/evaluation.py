@@ -252,12 +252,23 @@ class Evaluator:
                 texts[index] = Encoded(texts[index].prompt, tokens or end)
         return texts
 
-    def require_usable(self, examples: Sequence[EditExample]) -> None:
-        """Raise now for a text that would end the evaluation at whatever chunk it is in."""
-        for one in examples:
-            self.formatter.require_usable((one.prompt, *one.rephrasings), one.target, **self._form(one))
-            for probe in (*one.unrelated, *one.portability):
-                self.formatter.require_usable([probe.prompt], probe.answer, chat=self.config.chat)
+    def require_usable(
+        self, examples: Sequence[EditExample], extra: Sequence[Sequence[Probe]], passages: Sequence[Probe]
+    ) -> None:
+        """Raise now for a text that `rows` could not use: it would end the evaluation after all chunks before."""
+        form, chat = self.formatter, self.config.chat
+        for one, probes in zip(examples, extra, strict=True):
+            prompts = (one.prompt, *one.rephrasings)
+            behind = [f"{self.config.context} {one.prompt}"] if self.config.generate and self.config.context else []
+            form.require_usable([*prompts, *behind], one.target, **self._form(one))
+            if one.old is not None:
+                form.require_usable(prompts, one.old, **self._form(one))
+            for probe in (*one.unrelated, *probes, *one.portability):
+                form.require_usable([probe.prompt], probe.answer, chat=chat)
+                if probe.answer is not None and probe.answer == one.old:
+                    form.require_usable([probe.prompt], one.target, chat=chat)
+        for passage in passages:
+            form.require_usable([passage.prompt], passage.answer)
 
     def rows(self, examples: Sequence[EditExample], extra: Sequence[Sequence[Probe]], passages: Sequence[Probe]) -> list[Any]:
         """Edit a chunk of examples and score all of it; `extra` and `passages` are per example."""
@@ -418,22 +429,26 @@ def evaluate(
         require_work(count, len(starts))
         processes.agree({"data": data.sha256, "evaluation": plain(asdict(config)), "requests": count})
     evaluator = Evaluator(method, specs, model, tokenizer, config)
-    evaluator.require_usable(examples)
     memory.forget_peak(evaluator.formatter.device)
     asking = [source.probes for source in locality if not source.prose]
     reading = [source.probes for source in locality if source.prose]
-    scored: dict[int, list[dict[str, Any]]] = {}
-    for number, start in enumerate(starts):
-        if not (alone or processes.mine(number)):
-            continue
+
+    def chunk(start: int) -> tuple[Sequence[EditExample], list[list[Probe]], list[Probe]]:
+        """The requests of a chunk, and the unrelated texts that are watched with each."""
         some = examples[start : start + starts.step]
         places = range(start, start + len(some))
         extra = [[probes[i % len(probes)] for probes in asking] for i in places]
         turns = [(reading[i % len(reading)], i // len(reading)) for i in places] if reading else []
-        passages = [probes[turn % len(probes)] for probes, turn in turns]
-        scored[start] = evaluator.rows(some, extra, passages)
-        if callback is not None:
-            callback(min(start + len(some), count), count)
+        return some, extra, [probes[turn % len(probes)] for probes, turn in turns]
+
+    for start in starts:
+        evaluator.require_usable(*chunk(start))
+    scored: dict[int, list[dict[str, Any]]] = {}
+    for number, start in enumerate(starts):
+        if alone or processes.mine(number):
+            scored[start] = evaluator.rows(*chunk(start))
+            if callback is not None:
+                callback(min(start + starts.step, count), count)
     if not alone:
         scored = {int(start): part for process in processes.gathered(scored) for start, part in process.items()}
     rows = [row for start in starts for row in scored[start]][:count]

@@ -21,6 +21,7 @@ from mendlm.errors import FormatError, InputError, MendError, StorageError
 
 LOCK = ".lock"
 """The file whose lock means that a process is at work in a folder."""
+_NEW = "new"
 
 
 @contextlib.contextmanager
@@ -117,14 +118,14 @@ def sha256(path: Path) -> str:
 def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Fill a temporary folder that becomes `path` when the block ends well; on an error nothing is left.
 
-    An existing `path` that holds something is refused, or with `force` replaced in the end. One that holds nothing is filled,
-    file by file: it may be a volume, or where the process is, which cannot be renamed.
+    An existing `path` that holds something is refused, or with `force` replaced in the end, unless the process is in it. One
+    that holds nothing is filled, file by file: it may be a volume, or where the process is, which cannot be renamed.
     """
-    refuse_existing(Path(path), force=force)
-    path = Path(path).resolve()
-    fills = path.is_dir() and not any(found.name != LOCK for found in path.iterdir())
+    path = Path(path)
+    refuse_existing(path, force=force)
+    fills = path.is_dir() and not _held(path)
     with folder(path.parent):
-        temporary = _beside(path / "new" if fills else path)
+        temporary = _beside(path / _NEW if fills else path)
         with storing(path):
             temporary.mkdir()
         try:
@@ -171,8 +172,15 @@ def refuse_existing(path: Path, *, force: bool) -> None:
     """Raise `InputError` if an output folder already holds something (but a lock) and `force` is not given."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name a folder for the output")
-    if path.exists() and not force and any(found.name != LOCK for found in path.iterdir()):
+    if path.exists() and not force and _held(path):
         raise InputError(f"the folder {path} already exists and is not empty; name another or replace it with --force")
+    if path.exists() and _held(path) and (path.is_symlink() or Path.cwd().is_relative_to(path.resolve())):
+        raise InputError(f"{path} is not empty, and a link or where you are, which cannot be replaced; name another folder")
+
+
+def _held(path: Path) -> bool:
+    """Whether a folder holds anything but a lock and what a killed process left of filling it."""
+    return any(found.name != LOCK and not found.name.startswith(f".{_NEW}.") for found in path.iterdir())
 
 
 @contextlib.contextmanager

@@ -131,8 +131,11 @@ def ask(
     said = both.answers(prompts, max(tokens, longest))
     known = [text or Encoded(prompt.prompt, was) for text, prompt, was in zip(wanted, prompts, said[0], strict=True)]
     chances = both.probabilities(known)
-    if not all(math.isfinite(chance) for some in chances for chance in some):
-        raise NumericalError("under this edit the model answers with NaN or infinity; try a smaller scale")
+    for one, *both_chances in zip(asked, *chances, strict=True):
+        if not all(map(math.isfinite, both_chances)):
+            raise NumericalError(
+                f"the model answers {one.prompt[:60]!r} with NaN or infinity; make the edit at a smaller scale"
+            )
     answered = []
     for place, one in enumerate(asked):
         was, now = (formatter.decode(answers[place]) for answers in said)

@@ -17,7 +17,7 @@ from mendlm import hub
 from mendlm.apply import Edit, applied, stacked
 from mendlm.checkpoint import save_editor
 from mendlm.editor import Editor
-from mendlm.errors import GateError, InputError
+from mendlm.errors import GateError, InputError, NumericalError
 from mendlm.export import export_peft
 from mendlm.gate import Checks, Gate, OnFail, ask, judge, load_guards, questions
 from mendlm.methods.base import Learned
@@ -219,7 +219,12 @@ class Session:
         on_fail = on_fail or self.gate.on_fail
         strengths = (scale, *(scale * more for more in self.gate.scales)) if on_fail == "retry" else (scale,)
         for strength in strengths:
-            trials = self._try(examples, scale=strength, chat=chat, on_base=on_base)
+            try:
+                trials = self._try(examples, scale=strength, chat=chat, on_base=on_base)
+            except NumericalError:
+                if strength == strengths[-1]:
+                    raise
+                continue
             failed = [trial.checks for trial in trials if not trial.checks.passed]
             if not failed or on_fail == "report":
                 return self._keep(trials, examples, author, reason)

@@ -446,8 +446,9 @@ class Store:
                     for record in other.history.active():
                         if record.origin not in origins:
                             self._add(other.addition(record), other.told(record, author, reason), new)
+                named = self._history.files()
                 for file, size in other.history.files().items():
-                    if file in self._history.files():
+                    if file in named:
                         self._keep(file, other.file(file, size), new)
         added = [record for record in self._history.records() if record.id not in known]
         return Imported(tuple(added), self._history.number - begun, goes_on)

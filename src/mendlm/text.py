@@ -283,7 +283,8 @@ class Formatter:
         if self.family == "causal" and self.window is not None:
             max_new_tokens = min(max_new_tokens, self.window - ids.shape[1] + 1)  # the last token is not fed back
         # Of the model's own settings only these: penalties and the like would change the answer, and fill in what is not given.
-        own = model.generation_config
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's models hold another
+        own = inner.generation_config
         config = type(own)(**{name: getattr(own, name) for name in GREEDY}, do_sample=False)
         # A forced BOS counts as new; a forced EOS would take the last place, so it is given one of its own.
         given = max(0, len(self.start) - 1) + (config.forced_eos_token_id is not None)
@@ -293,11 +294,11 @@ class Formatter:
         # transformers gives the head the last position of a prompt as a slice; in bf16 on a CPU that takes 300 times longer
         # than the same numbers side by side (torch 2.13: 4.7 s instead of 15 ms for 64 prompts).
         handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-        model.generation_config = config
+        inner.generation_config = config
         try:
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         finally:
-            model.generation_config = own
+            inner.generation_config = own
             handle.remove()
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         answers = []

@@ -338,8 +338,7 @@ class Trainer:
         self.data, self.valid = data.examples, valid.examples[: config.valid_examples] if valid else ()
         self.sources = [probe for source in locality for probe in source.probes]
         self.formatter = Formatter.of(model, tokenizer)
-        for source in (data, *([valid] if valid else []), *locality):
-            self._require_usable(source)
+        self._require_usable()
         model.requires_grad_(False)
         model.eval()
         self.trunk: Trunk | TrunkCache = Trunk.below(model, method.specs) if config.replay else Trunk(())
@@ -371,14 +370,17 @@ class Trainer:
         random.Random(f"{self.config.seed}/epoch/{epoch}").shuffle(order)
         return [self.data[i] for i in order[place * size : (place + 1) * size]]
 
-    def _require_usable(self, source: Dataset) -> None:
+    def _require_usable(self) -> None:
         """Raise now for a text that would end the training at whatever step it is drawn."""
         form, share = self.formatter, self.config.chat_share
+        own = not self.sources or self.config.own_locality > 0
         for chat in (some for some in (False, True) if (share > 0 if some else share < 1)):
-            for one in source.examples:
+            for one in (*self.data, *self.valid):
                 end = target_ends(self.config.target_end, question=one.question, chat=chat, family=form.family)
                 form.require_usable((one.prompt, *one.rephrasings), one.target, chat=chat, end=end)
-            for probe in itertools.chain(source.probes, *(one.unrelated for one in source.examples)):
+                for probe in one.unrelated if own else ():
+                    form.require_usable([probe.prompt], probe.answer, chat=chat)
+            for probe in self.sources:
                 form.require_usable([probe.prompt], probe.answer, chat=chat)
 
     def _drawn(self, examples: Sequence[EditExample], stream: str) -> list[Drawn]:

@@ -82,7 +82,7 @@ class Cache(Method):
         if head is not None:
             handle = head.register_forward_hook(lambda module, args, output: states.append(args[0]))
         else:
-            handle = _on_means(model, lambda means: states.append(means[batch.row]))
+            handle = _on_means(model, lambda means: states.append(means[batch.row.to(means.device)]))
         try:
             scored_logits(model, batch)
         finally:
@@ -153,7 +153,7 @@ def _on_means(model: Any, look: Callable[[Tensor], object]) -> Any:
     """Call `look` with the mean of a classifier's last states over each text, (rows, d), in every pass."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        weight = kwargs["attention_mask"].unsqueeze(-1).float()
+        weight = kwargs["attention_mask"].to(output[0].device).unsqueeze(-1).float()
         look((output[0].float() * weight).sum(1) / weight.sum(1))
 
     return model.base_model.register_forward_hook(hook, with_kwargs=True)
