@@ -169,7 +169,7 @@ def _beside(path: Path) -> Path:
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise `InputError` if an output folder already holds something (but a lock) and `force` is not given."""
+    """Raise `InputError` for an output folder that holds something: without `force`, and where it could not be replaced."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name a folder for the output")
     if path.exists() and not force and _held(path):
