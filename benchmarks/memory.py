@@ -48,10 +48,8 @@ def main() -> None:
         output = subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout
         found[name] = json.loads(output.splitlines()[-1])
     loaded, step = found["loaded"], found["step"]["peak_mb"]
-    activations = found["activations"]["peak_mb"] - loaded["peak_mb"]
-    floor, inference = (
-        mb + loaded["editor_state_mb"] for mb in (loaded["peak_mb"] + activations, found["inference"]["peak_mb"])
-    )
+    floor = found["activations"]["peak_mb"] + loaded["editor_state_mb"]
+    inference = found["inference"]["peak_mb"] + loaded["editor_state_mb"]
     result = {
         "peak_over_floor": step / floor,
         "peak_over_inference": step / inference,
@@ -64,7 +62,7 @@ def main() -> None:
             "the process before it loads": loaded["process_mb"],
             "base weights alone": loaded["base_mb"],
             "gradients and Adam state of the editor": loaded["editor_state_mb"],
-            "activations of one batch above the trunk": activations,
+            "activations of one batch above the trunk": found["activations"]["peak_mb"] - loaded["peak_mb"],
         },
         "batch": arguments.batch,
     }

@@ -22,6 +22,7 @@ from mendlm.errors import FormatError, InputError, MendError, StorageError
 LOCK = ".lock"
 """The file whose lock means that a process is at work in a folder."""
 _NEW = "new"
+"""What is to fill a folder lies in it under such a name."""
 
 
 @contextlib.contextmanager
@@ -134,14 +135,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
                 if fills:
                     _move_up(temporary)
                 elif path.exists():
-                    old = _beside(path)
-                    os.replace(path, old)
-                    try:
-                        os.replace(temporary, path)
-                    except BaseException:
-                        os.replace(old, path)
-                        raise
-                    shutil.rmtree(old)
+                    _put_in_place_of(path, temporary)
                 else:
                     os.replace(temporary, path)
         except BaseException:
@@ -163,6 +157,18 @@ def _move_up(folder: Path) -> None:
     folder.rmdir()
 
 
+def _put_in_place_of(path: Path, folder: Path) -> None:
+    """Replace a folder by another, or leave it as it is."""
+    old = _beside(path)
+    os.replace(path, old)
+    try:
+        os.replace(folder, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old)
+
+
 def _beside(path: Path) -> Path:
     """A name of nothing yet, beside a path."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
@@ -172,9 +178,11 @@ def refuse_existing(path: Path, *, force: bool) -> None:
     """Raise `InputError` for an output folder that holds something: without `force`, and where it could not be replaced."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name a folder for the output")
-    if path.exists() and not force and _held(path):
+    if not (path.exists() and _held(path)):
+        return
+    if not force:
         raise InputError(f"the folder {path} already exists and is not empty; name another or replace it with --force")
-    if path.exists() and _held(path) and (path.is_symlink() or Path.cwd().is_relative_to(path.resolve())):
+    if path.is_symlink() or Path.cwd().is_relative_to(path.resolve()):
         raise InputError(f"{path} is not empty, and a link or where you are, which cannot be replaced; name another folder")
 
 

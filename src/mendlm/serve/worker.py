@@ -406,7 +406,7 @@ class Worker:
         if size > limits.prompt_tokens:
             raise InputError(f"the prompt has {size} tokens; this service allows at most {limits.prompt_tokens}")
         room = limits.max_tokens if form.window is None else form.window - size
-        most = limits.max_tokens if request.default_tokens is None else min(limits.max_tokens, request.default_tokens)
+        most = min(limits.max_tokens, request.default_tokens or limits.max_tokens)
         wanted = min(most, max(1, room)) if request.max_tokens is None else request.max_tokens
         if form.window is not None and wanted > room:
             raise InputError(
