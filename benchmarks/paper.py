@@ -74,6 +74,8 @@ class Part:
     """Train each count's editor further from that of the count before."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     """Name -> settings: the ablations, of the first learned method."""
+    rate: str = ""
+    """The paper's rate for FT and FT+KL, by its name, at which they are scored too; empty where it is their default."""
 
 
 NQ, NQ_DEV, TEXT, PPL = (
@@ -86,6 +88,7 @@ VARIED = "records:{work}/zsre-varied.jsonl"
 ZSRE, FEVER, FEVER_DEV = ("zsre:{data}/zsre-train.json",), ("fever:{work}/fever-train.jsonl",), "fever:{work}/fever-dev.jsonl"
 BOTH = ("counterfact:{data}/counterfact-train.json", *ZSRE * 3)
 WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
+RATE = "paper rate"
 MIDDLE = tuple(f"model.layers.{block}.mlp.*" for block in (22, 23, 24))
 ATTENTION = 'editor.layers=["*.layers.[23].self_attn.q_proj", "*.layers.[23].self_attn.v_proj"]'
 VARIANTS = {
@@ -123,9 +126,17 @@ PARTS: dict[str, Part] = {
         batch=48,
         settings=WEIGHTS,
         layers=MIDDLE,
+        rate="paper-gpt",
     ),
     "gpt-zsre": Part(
-        "starter", BOTH, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV, PPL), layers=MIDDLE, editors="gpt-counterfact"
+        "starter",
+        BOTH,
+        "zsre:{data}/zsre-dev.json",
+        (NQ,),
+        (NQ_DEV, PPL),
+        layers=MIDDLE,
+        editors="gpt-counterfact",
+        rate="paper-gpt",
     ),
     "t5-zsre": Part(
         "t5-questions",
@@ -139,7 +150,14 @@ PARTS: dict[str, Part] = {
         variants={name: VARIANTS[name] for name in ("", "no normalisation", "no identity")},
     ),
     "fever-bert": Part(
-        "bert-fever", FEVER, FEVER_DEV, watched=(FEVER_DEV,), untrained=UNTRAINED[:-1], steps=150, settings=WEIGHTS
+        "bert-fever",
+        FEVER,
+        FEVER_DEV,
+        watched=(FEVER_DEV,),
+        untrained=UNTRAINED[:-1],
+        steps=400,
+        settings=("edit_weight=0.3", "locality_weight=1.0"),
+        rate="paper-small",
     ),
     "gpt2-wikitext": Part(
         "gpt2-small",
@@ -149,7 +167,9 @@ PARTS: dict[str, Part] = {
         (PPL,),
         settings=WEIGHTS,
     ),
-    "bart-zsre": Part("bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=300, settings=WEIGHTS),
+    "bart-zsre": Part(
+        "bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=600, settings=WEIGHTS, rate="paper-small"
+    ),
     "many": MANY,
     "many-in-turn": replace(MANY, learned=("mend", "malmen"), counts=(5, 25), editors="many", sequential=True),
     "ablations": Part(
@@ -269,6 +289,10 @@ class Driver:
                     if count in wanted.counts:
                         yield variant, method, count, run
 
+    def compared(self, name: str, variant: str) -> Path:
+        """Where a part's methods are scored."""
+        return self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}"
+
     def part(self, name: str) -> None:
         """One table, from its base to its pictures."""
         part = PARTS[name]
@@ -279,18 +303,26 @@ class Driver:
         groups: dict[str, list[str]] = {}
         for variant, method, count, run in self.editors(name, part, base):
             groups.setdefault(variant, []).extend(["--editor", f"{method}@{count}={run}"])
+        common = ["--model", base, "--data", self.place(part.dev), "--num-edits", ",".join(map(str, part.counts))]
+        common += ["--limit", str(limit), "--device", self.device, "--set", "timed_edits=5"]
+        common += ["--sequential"] * part.sequential
+        common += [word for source in part.watched for word in ("--locality", self.place(source))]
+
+        def compare(variant: str, methods: Sequence[str], settings: Sequence[str], *more: str) -> None:
+            out = str(self.compared(name, variant))
+            given = [word for setting in settings for word in ("--set", setting)]
+            words = ["--methods", ",".join(methods), *common, *given, *more, "--out", out]
+            self.mendlm(f"compare {name} {variant}".strip(), "compare", *words)
+
+        tuned = [method for method in part.untrained if part.layers and method not in ("cache", "prompt")]
+        placed = [f"{method}.layers={json.dumps(part.layers)}" for method in tuned]
         for variant, editors in groups.items():
-            methods = ",".join(part.learned[:1] if variant else (*part.learned, *part.untrained))
-            out = self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}"
-            options = ["--num-edits", ",".join(map(str, part.counts)), "--limit", str(limit), "--device", self.device]
-            options += ["--set", "timed_edits=5"]
-            for method in part.untrained if part.layers and not variant else ():
-                options += ["--set", f"{method}.layers={json.dumps(part.layers)}"] if method not in ("cache", "prompt") else []
-            options += ["--sequential"] * part.sequential
-            options += [word for source in part.watched for word in ("--locality", self.place(source))]
-            common = ["--model", base, "--data", self.place(part.dev), "--methods", methods]
-            self.mendlm(f"compare {name} {variant}".strip(), "compare", *common, *editors, *options, "--out", str(out))
-        self.publish(name, list(groups))
+            methods = part.learned[:1] if variant else (*part.learned, *part.untrained)
+            compare(variant, methods, () if variant else placed, *editors)
+        if part.rate:
+            settings = [setting for setting in placed if setting.startswith(("ft.", "ft-kl."))]
+            compare(RATE, ("ft", "ft-kl"), [*settings, f"ft.rate={part.rate}", f"ft-kl.rate={part.rate}"])
+        self.publish(name, [*groups, *[RATE] * bool(part.rate)])
 
     def logs(self, name: str) -> dict[str, dict[str, list[float]]]:
         """Run -> what its training logged, step by step."""
@@ -304,7 +336,7 @@ class Driver:
         """Cells, seconds and pictures of a part, where the guides find them."""
         cells = []
         for variant in variants:
-            for cell in find([self.work / name / f"compared{variant and '-' + variant.replace(' ', '-')}" / "cells"]):
+            for cell in find([self.compared(name, variant) / "cells"]):
                 cells.append({**cell, "method": f"{cell['method']}, {variant}" if variant else cell["method"]})
         write(cells, self.work / name / "report")
         part = PARTS[name]

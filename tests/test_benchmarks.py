@@ -130,6 +130,29 @@ def test_the_papers_driver_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
     assert {name for name, _ in asked[:begun]} & {name for name, _ in asked[begun:]} == {"train t5-zsre ke@1"}
 
 
+def test_the_papers_driver_scores_fine_tuning_at_the_papers_rate_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    paper = importlib.import_module("paper")
+    asked: dict[str, list[str]] = {}
+    published: list[str] = []
+    monkeypatch.setattr(paper.Driver, "divide", lambda _: None)
+    monkeypatch.setattr(paper.Driver, "editors", lambda *_: [("", "mend", 1, Path("run"))])
+    monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
+    monkeypatch.setattr(paper.Driver, "publish", lambda _, name, variants: published.extend(variants))
+    paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("gpt-zsre")
+    usual, other = asked["compare gpt-zsre"], asked["compare gpt-zsre paper rate"]
+    assert published == ["", "paper rate"]
+    assert usual[usual.index("--methods") + 1].startswith("mend,ke,enn,malmen,ft,ft-kl,")
+    assert other[other.index("--methods") + 1] == "ft,ft-kl"
+    assert "--editor" in usual
+    assert "--editor" not in other
+    assert not [word for word in usual if "rate=" in word]
+    assert {"ft.rate=paper-gpt", "ft-kl.rate=paper-gpt"} <= set(other)
+    layers = {word for word in other if ".layers=" in word}
+    assert {word.split(".")[0] for word in layers} == {"ft", "ft-kl"}
+    assert layers < set(usual)
+
+
 @pytest.mark.slow
 def test_scale_computes_what_no_device_can_measure(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "scale.py"), "--shape", "13b", "--quantize", "nf4", "--plan", "--device", "cpu"]
