@@ -100,7 +100,11 @@ VARIANTS = {
     "only delta": ("editor.inputs=delta",),
     "only the smaller": ("editor.inputs=smaller",),
     "attention": (ATTENTION,),
+    "small rate": ("learning_rate=1e-4",),
+    "small rate no identity": ("learning_rate=1e-4", "editor.init=xavier"),
 }
+HARDER = {name: VARIANTS[name] for name in ("", "no normalisation", "no identity")}
+"""What is repeated on bases that are edited less easily."""
 MANY = Part(
     "t5-questions",
     (*ZSRE, VARIED),
@@ -147,7 +151,7 @@ PARTS: dict[str, Part] = {
         steps=150,
         batch=16,
         settings=WEIGHTS,
-        variants={name: VARIANTS[name] for name in ("", "no normalisation", "no identity")},
+        variants=HARDER,
     ),
     "fever-bert": Part(
         "bert-fever",
@@ -165,7 +169,11 @@ PARTS: dict[str, Part] = {
         "wikitext:{work}/wikitext-dev.json",
         (TEXT,),
         (PPL,),
+        steps=1200,
+        batch=16,
         settings=WEIGHTS,
+        variants=HARDER,
+        rate="paper-small",
     ),
     "bart-zsre": Part(
         "bart-small", ZSRE, "zsre:{data}/zsre-dev.json", (NQ,), (NQ_DEV,), steps=600, settings=WEIGHTS, rate="paper-small"
@@ -244,16 +252,16 @@ class Driver:
                 write_bytes(self.work / f"{name}-{side}.jsonl", "".join(f"{line}\n" for line in kept).encode())
 
     def prepare(self, part: Part) -> None:
-        """Wikitext's samples, in a training and a held-out part; zsRE's varied questions."""
+        """Wikitext's samples of the base, in a training and a held-out part; zsRE's varied questions."""
         varied = self.work / "zsre-varied.jsonl"
         if VARIED in part.train and not varied.is_file():
             copies = ["--only-questions", "--zsre-copies", "16", "--number-copies", "16", "--new-targets", "0.3"]
             script = str(HERE / "prepare" / "varied.py")
             self.run("varying zsre", [sys.executable, script, "--data-dir", str(self.data), "--out", str(varied), *copies])
         if "wikitext" in part.dev and not (self.work / "wikitext-dev.json").is_file():
-            whole, count = self.work / "wikitext.json", str(max(64, int(1200 * self.share)))
+            whole, count = self.work / "wikitext.json", str(max(64, int(3800 * self.share)))
             sampled = ["--text", str(self.data / "wikitext-2-a.txt"), "--count", count, "--force", "--out", str(whole)]
-            self.mendlm("sampling wikitext", "data", "wikitext", "--model", "starter", *sampled)
+            self.mendlm("sampling wikitext", "data", "wikitext", "--model", self.base(part.base), *sampled)
             made = read_json(whole)
             for side in ("train", "dev"):
                 kept = [i for i, text in enumerate(made["original"]) if (chance("wikitext", 0, text) < 0.2) == (side == "dev")]
