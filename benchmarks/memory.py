@@ -1,6 +1,6 @@
 """Peak memory of training, over what it cannot do without, and over inference of the same texts beside the editor's state.
 
-    python benchmarks/memory.py [--model starter | --shape 1b] [--batch 64]
+    python benchmarks/memory.py [--model starter | --shape 1b] [--batch 64] [--micro-batch 8]
 
 What it cannot do without: base weights, the editor with its gradients and Adam state, and one batch's activations, which are
 those of the blocks above the trunk: the growth of memory in a forward pass with a graph, of the edit batch alone. Each side
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from mendlm.losses import token_nll
 from mendlm.recording import record
 from mendlm.replay import Trunk
 from mendlm.text import by_length, scored_logits
-from mendlm.training import TrainConfig, outer_loss
+from mendlm.training import TrainConfig, descend
 
 CONFIG = TrainConfig(edit_weight=1.0, own_locality=1.0)
 BATCH = 64
@@ -34,7 +35,8 @@ BATCH = 64
 
 def main() -> None:
     parser = bench.parser(__doc__)
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--batch", type=int, default=BATCH, help="requests a step")
+    parser.add_argument("--micro-batch", type=int, help="requests of a step in memory at a time; by default all")
     parser.add_argument("--shape", choices=scale.SHAPES, help="a decoder of random weights instead of a model")
     sides = ["loaded", "activations", "inference", "step", "oracle"]
     parser.add_argument("--side", choices=sides, help="run one side and print its peak")
@@ -65,11 +67,13 @@ def main() -> None:
             "activations of one batch above the trunk": found["activations"]["peak_mb"] - loaded["peak_mb"],
         },
         "batch": arguments.batch,
+        "micro_batch": arguments.micro_batch,
     }
     if "oracle" in found:
         result |= {"oracle_over_floor": found["oracle"]["peak_mb"] / floor, "oracle_peak_mb": found["oracle"]["peak_mb"]}
     name = f"memory-{arguments.shape}" if arguments.shape else "memory"
     name += f"-of-{arguments.batch}" if arguments.shape and arguments.batch != BATCH else ""
+    name += f"-by-{arguments.micro_batch}" if arguments.micro_batch else ""
     bench.save(arguments, name, torch.device(loaded["device"]), result)
 
 
@@ -99,13 +103,13 @@ def side(arguments: Any) -> dict[str, Any]:
         optimizer = torch.optim.Adam(method.parameters())
         for _ in range(2):
             if arguments.side == "step":
-                loss, _sums = outer_loss(method, model, formatter, trunk, drawn, CONFIG)
-                (loss / len(drawn)).backward()
+                config = replace(CONFIG, micro_batch_size=arguments.micro_batch)
+                descend(method, model, formatter, trunk, optimizer, drawn, config, len(drawn))
             else:
+                optimizer.zero_grad()
                 for one in drawn[:4]:
                     (oracle.outer_loss(method, model, one, CONFIG) / 4).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+                optimizer.step()
     device = model.device
     peak = memory.peak_mb(device)
     weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**20

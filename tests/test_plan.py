@@ -51,6 +51,13 @@ def test_the_plan_is_what_a_real_step_holds_and_computes(name: str) -> None:
     assert expected.base == sum(parameter.nbytes for parameter in model.parameters())
 
 
+def test_fewer_requests_at_a_time_take_less_memory_and_the_same_work() -> None:
+    config = tiny("llama").config
+    whole, parts = (plans(fake_model(config), rank=RANK, batch_size=12, micro_batch_size=n)["bf16"] for n in (None, 3))
+    assert parts.step < 0.5 * whole.step
+    assert parts.flops == pytest.approx(whole.flops, rel=0.01)
+
+
 def test_storages_count_what_lives_and_each_once() -> None:
     kept = torch.zeros(5)
     with Storages([kept]) as seen:

@@ -28,7 +28,7 @@ from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
 from mendlm.tensors import read_tensors
 from mendlm.text import Encoded, Formatter
-from mendlm.training import Drawn, TrainConfig, Trainer, draw, outer_loss, train
+from mendlm.training import Drawn, TrainConfig, Trainer, descend, draw, outer_loss, train
 
 NAMES = ("Ana", "Bo Rask", "Cy", "Dora Lund Vale", "Eli", "Fay Ott", "Gus", "Hedda of the North", "Ivo", "Jo", "Kim", "Lea")
 
@@ -163,6 +163,27 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_examples() -> None:
         torch.testing.assert_close(value, sum(one[name] for _, one in alone), rtol=1e-5, atol=1e-5)
     gradient = sum(grads(loss, method) for loss, _ in alone)
     assert ((grads(together, method) - gradient).norm() / gradient.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize(("k", "micro", "sizes"), [(1, 3, [3, 3, 2]), (2, 3, [2, 2, 2, 2]), (4, 2, [4, 4]), (1, None, [8])])
+def test_a_step_in_parts_is_the_step(k: int, micro: int | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(SMALL, num_edits=k, micro_batch_size=micro)
+    model = copy.deepcopy(tiny("llama")).double()
+    form = Formatter.of(model, byte_tokenizer())
+    drawn = draws(form, config)
+    method = fitted("llama", model, form, drawn)
+    trunk = Trunk.below(model, method.specs)
+    loss, expected = outer_loss(method, model, form, trunk, drawn, config)
+    gradient = grads(loss / 8, method)
+    asked: list[int] = []
+    monkeypatch.setattr(training, "outer_loss", lambda *args: asked.append(len(args[4])) or outer_loss(*args))
+    sums, norm = descend(method, model, form, trunk, torch.optim.SGD(method.parameters(), lr=0.0), drawn, config, 8)
+    assert asked == sizes
+    for name, value in expected.items():
+        torch.testing.assert_close(sums[name], value)
+    torch.testing.assert_close(norm, gradient.norm())
+    found = torch.cat([parameter.grad.flatten() for parameter in method.parameters()])
+    torch.testing.assert_close(found, gradient * min(1.0, config.clip / norm.item()), rtol=1e-5, atol=1e-6)
 
 
 class Unsynchronised(TorchDispatchMode):

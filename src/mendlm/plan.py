@@ -144,6 +144,7 @@ def plans(
     *,
     rank: int = 256,
     batch_size: int = 64,
+    micro_batch_size: int | None = None,
     lengths: Lengths | None = None,
 ) -> dict[str, Plan]:
     """The plans of training a MEND editor for a model, which may be `mendlm.models.skeleton`'s, by the form of its base.
@@ -156,13 +157,14 @@ def plans(
     with fake_mode(model):
         method = Mend(specs, MendConfig(rank=rank))
         optimizer = torch.optim.Adam(method.parameters())
-        drawn, config = texts(batch_size, lengths, formatter.family), TrainConfig()
-        step(method, model, formatter, optimizer, drawn, config)  # makes Adam's moments
+        drawn, config = texts(batch_size, lengths, formatter.family), TrainConfig(micro_batch_size=micro_batch_size)
+        with FlopCounterMode(display=False) as counted:  # apart from the storages, some of which it keeps alive
+            step(method, model, formatter, optimizer, drawn, config)  # makes Adam's moments
         moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
         mine = [*method.parameters(), *method.buffers()]
         optimizer.zero_grad()
         known = [*model.parameters(), *model.buffers(), *mine, *moments]
-        with Storages(known) as seen, FlopCounterMode(display=False) as counted:
+        with Storages(known) as seen:
             step(method, model, formatter, optimizer, drawn, config)
         with FlopCounterMode(display=False) as once:
             method.edit(model, formatter.batch([drawn[0].edit]))

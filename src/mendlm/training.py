@@ -64,6 +64,9 @@ class TrainConfig:
     """Optimiser steps."""
     batch_size: int = 64
     """Requests a step, each with its own edit."""
+    micro_batch_size: int | None = None
+    """Requests of a step that memory holds at a time, whose gradients are summed; by default all of them. Those that are edited
+    at once stay together."""
     num_edits: int = 1
     """Requests edited at once: their updates are summed, and each is judged under the sum."""
     single_share: float = 0.0
@@ -120,9 +123,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "num_edits", "normalizer_examples", "valid_examples", "valid_every")
-        for name in (*counts, "locality_tokens", "checkpoint_every", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (*counts, "micro_batch_size", "locality_tokens", "checkpoint_every", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
         for name in ("learning_rate", "rates_learning_rate", "clip", "edit_weight", "locality_weight", "locality_scale"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise InputError(f"{name} must be 0 or a positive finite number, got {getattr(self, name)}")
@@ -288,13 +291,24 @@ def descend(
     Gives the sums of what is worth watching, and the gradient's norm before it was clipped.
     """
     optimizer.zero_grad()  # before the passes: the last step's gradients need not live beside them
-    loss, sums = outer_loss(method, model, formatter, trunk, drawn, config)
-    (loss / count).backward()
+    sums: dict[str, Tensor] = {}
+    for some in portions(drawn, config.micro_batch_size or len(drawn), config.num_edits):
+        loss, found = outer_loss(method, model, formatter, trunk, some, config)
+        (loss / count).backward()
+        del loss  # and with it the gradients that it carries, before the next pass
+        sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
     for parameter in method.parameters() if processes.count() > 1 else ():
         parameter.grad = processes.total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(method.parameters(), config.clip)
     optimizer.step()
     return sums, norm
+
+
+def portions(drawn: Sequence[Drawn], most: int, k: int) -> Iterator[Sequence[Drawn]]:
+    """So many requests at a time, at most; `k` that are edited at once stay together, be they more."""
+    size = max(1, most // k) * k
+    for start in range(0, max(1, len(drawn)), size):
+        yield drawn[start : start + size]
 
 
 def _tensors(*edits: Edit | None) -> list[Tensor]:
@@ -405,10 +419,11 @@ class Trainer:
         """The first pass over training requests, which fixes the editor's statistics."""
         examples = [e for s in range(-(-self.config.normalizer_examples // self.config.batch_size)) for e in self.batch(s)]
         drawn = self._drawn(examples[: self.config.normalizer_examples], "normalizer")
+        most = self.config.micro_batch_size or self.config.batch_size
         if not processes.is_main() and not self.sharded:  # what was seen before is counted once
             for statistics in self.method.buffers():
                 statistics.zero_()
-        for number, group in enumerate(by_length([len(d.edit) for d in drawn], limit=self.config.batch_size)):
+        for number, group in enumerate(by_length([len(d.edit) for d in drawn], limit=most)):
             if self.sharded or processes.mine(number):
                 self.method.prepare(self.model, self.formatter.batch([drawn[i].edit for i in group]))
         if processes.count() > 1 and not self.sharded:
@@ -446,9 +461,8 @@ class Trainer:
         drawn = self._drawn(self.valid, "valid")
         whole, k = len(drawn) - len(drawn) % self.config.num_edits, self.config.num_edits
         mine = self._mine(drawn[:whole], k)
-        size = max(1, self.config.batch_size * self.copies // processes.count() // k) * k  # as many as in a step of training
-        for start in range(0, len(mine), size):
-            some = mine[start : start + size]
+        whole_step = self.config.batch_size * self.copies // processes.count()
+        for some in portions(mine, self.config.micro_batch_size or whole_step, k):
             _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config)
             total = {name: total.get(name, 0.0) + value.double() for name, value in sums.items()}
         return {f"valid_{name}": value.item() for name, value in self._mean(total, whole).items()}

@@ -194,6 +194,9 @@ def inspect(
     rank: Annotated[int, typer.Option("--rank", min=1, help="The editor's rank, for its size.")] = 256,
     plan: Annotated[bool, typer.Option("--plan", help="Compute what training takes; no weight is read.")] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests a step, for the plan.")] = 64,
+    micro_batch_size: Annotated[
+        int | None, typer.Option("--micro-batch-size", min=1, help="Those in memory at a time, for the plan (default: all).")
+    ] = None,
     layers: Annotated[
         list[str] | None, typer.Option("--layers", help="Pattern of the layers to edit, for the plan; may repeat.")
     ] = None,
@@ -211,7 +214,8 @@ def inspect(
     if plan:
         from mendlm.cli import planning
 
-        planning.show(model, origin, layers or [], rank, batch_size, data or [], json_output=json_output)
+        sizes = {"rank": rank, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
+        planning.show(model, origin, layers or [], sizes, data or [], json_output=json_output)
         return
     loaded, tokenizer = common.open_model(model, origin, seed=seed)
 

@@ -10,9 +10,9 @@ GB = 1e9
 
 
 def show(
-    model: str, origin: common.Origin, layers: list[str], rank: int, batch_size: int, data: list[str], *, json_output: bool
+    model: str, origin: common.Origin, layers: list[str], sizes: dict[str, Any], data: list[str], *, json_output: bool
 ) -> None:
-    """Print the plan of training on a model, of which nothing but the configuration is read."""
+    """Print the plan of training on a model, of which nothing but the configuration is read; `sizes` are those of `plans`."""
     from mendlm.layers import block_stacks, choose
     from mendlm.models import as_device, as_dtype, skeleton, tokenizer_of
     from mendlm.plan import CARDS, Lengths, can_be_kept, plans
@@ -23,13 +23,14 @@ def show(
 
     where: dict[str, Any] = {"revision": origin.revision, "from_wheel": origin.from_wheel}
     fake = skeleton(model, report=common.note, **where)
-    found = plans(fake, tuple(layers), rank=rank, batch_size=batch_size)
+    found = plans(fake, tuple(layers), **sizes)
     content: dict[str, Any] = {
         "model": type(fake).__name__,
         "parameters": sum(p.numel() for p in fake.parameters()),
         "blocks": {name: len(blocks) for name, blocks in block_stacks(fake).items()},
-        "editor_rank": rank,
-        "batch_size": batch_size,
+        "editor_rank": sizes["rank"],
+        "batch_size": sizes["batch_size"],
+        "micro_batch_size": sizes["micro_batch_size"],
         "plans": {base: one.figures() for base, one in found.items()},
     }
     if data:
@@ -42,11 +43,12 @@ def show(
     if json_output:
         common.emit(True, content, "")
         return
-    one, lengths = found["bf16"], Lengths()
+    one, lengths, some = found["bf16"], Lengths(), sizes["micro_batch_size"]
     common.emit(
         False,
         {},
-        f"{content['model']}, {content['parameters']:,} parameters; editor of rank {rank}; {batch_size} requests a step\n"
+        f"{content['model']}, {content['parameters']:,} parameters; editor of rank {sizes['rank']}; "
+        f"{sizes['batch_size']} requests a step{f', {some} at a time' if some else ''}\n"
         f"prompts of {lengths.edit} tokens, rephrasings of {lengths.rephrasing}, unrelated texts of {lengths.unrelated}; "
         "longer ones take more",
     )
