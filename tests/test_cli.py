@@ -250,6 +250,10 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
     again = run("report", out / "cells", "--out", tmp_path / "again")
     assert [Path(path).name for path in again["files"]] == [Path(path).name for path in made["files"]]
     assert (tmp_path / "again" / "table.json").read_bytes() == (out / "table.json").read_bytes()
+    (out / "table.md").unlink()
+    assert run("report", out)["out"] == str(out)
+    assert (out / "table.md").is_file()
+    assert "name one for the table" in run("report", out / "table.json", fails=True)
 
 
 @pytest.mark.parametrize(

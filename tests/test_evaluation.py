@@ -36,8 +36,8 @@ def example(index: int) -> EditExample:
         prompt=f"Who is {name}?" if asked else f"The home of {name} is",
         target="x" if asked else " of",
         rephrasings=(f"{name} lives in", f"Where {name} lives:")[: index % 3],
-        unrelated=((Probe(f"The river of {name}", "an"), Probe(f"{name} likes")) if index % 4 else ()),
-        old=("an" if index % 3 else " the city") if index != 2 else None,
+        unrelated=(Probe(f"The river of {name}", "an", "Logic" if index == 5 else None), Probe(f"{name} likes"))[: 2 * index],
+        old=("an", "an", None, " of", "an", "an")[index],  # 3: what is asked for is the old answer
         portability=(Probe(f"{name} is the", "old", "Reasoning"), Probe(f"{name} has", "a"))[: index % 3],
         subject=name,
         question=asked,
@@ -148,13 +148,13 @@ class Oracle:
             pair = [self.nll(index, self.form.encode(prompt, answer, end=end)) for answer in (likely, other)]
             return [a < b for a, b in zip(*pair, strict=True)]
 
-        if one.old is None:
+        if one.old in (None, one.target):
             return None
         places = {"prompt": [better(one.prompt, one.target, one.old, one.question)]}
         if one.rephrasings:
             places["rephrasing"] = [better(prompt, one.target, one.old, one.question) for prompt in one.rephrasings]
-        shared = [probe for probe in probes if probe.answer == one.old]
-        if shared:
+        shared = [probe for probe in probes if probe.answer == one.old and probe.kind is None]
+        if shared and not one.question:
             places["neighbour"] = [better(probe.prompt, one.old, one.target, False) for probe in shared]
         return places
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mendlm.errors import FormatError, InputError
+from mendlm.errors import FormatError, InputError, MendError
 from mendlm.report import FAR, draw, find, table, write
 
 INTERVAL = {"before": 0.0, "after": 0.8, "low": 0.7, "high": 0.9}
@@ -137,6 +137,33 @@ def test_a_huge_perplexity_is_short_and_stands_at_the_pictures_edge(monkeypatch:
     assert [text.get_text() for text in axis.texts] == ["5.0e+302 times →"]
     list(draw([cell(perplexity={"before": 20.0, "after": 1e304})]))
     assert drawn[-2].axes[0].get_xlim()[1] == FAR
+
+
+def test_methods_can_be_told_apart_by_their_es(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("mendlm.report._png", lambda figure: drawn.append(figure) or b"")
+    cells = [cell(method=f"method {i}", edit_success={**INTERVAL, "after": i / 30}) for i in range(25)]
+    list(draw(cells))
+    (axis,) = drawn[0].axes
+    points = [container.lines[0] for container in axis.containers]
+    assert [float(point.get_ydata()[0]) for point in points] == pytest.approx([i / 30 for i in range(25)])
+    assert len({(point.get_marker(), point.get_color()) for point in points}) == 25
+
+
+def test_a_file_of_many_summaries_is_read(tmp_path: Path) -> None:
+    cells = [cell(method="ft"), cell()]
+    write(cells, tmp_path / "a")
+    (tmp_path / "part.json").write_text(json.dumps({"part": "many", "cells": cells}))
+    for place in (tmp_path / "a" / "table.json", tmp_path / "part.json"):
+        assert find([place]) == cells
+    for content, problem in (
+        ("[]", "holds no summary"),
+        ('{"cells": 3}', "holds no summary"),
+        ("[1]", "cell 1, is not a summary"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(MendError, match=problem):
+            find([tmp_path / "bad.json"])
 
 
 def test_memory_is_that_of_an_edit_where_all_cells_have_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,9 +235,18 @@ def test_an_unknown_task_lists_the_known_ones(source: str) -> None:
         load_edits(source)
 
 
+@pytest.mark.parametrize(
+    ("answers", "old"),
+    [(["Ada Vale", "Bo Rask"], "Bo Rask"), (["Ada Vale"], None), ([], "someone"), (["Bo", "Ada Vale"], "Bo")],
+)
+def test_what_is_asked_for_is_not_the_old_answer(answers: list[str], old: str | None, tmp_path: Path) -> None:
+    (one,) = load_edits(f"zsre:{write(tmp_path, json.dumps([{**ZSRE, 'answers': answers}]).encode())}").examples
+    assert (one.target, one.old) == ("Ada Vale", old)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(InputError, match="does not exist") as caught:
+        with pytest.raises(InputError, match="is a folder" if path == tmp_path else "does not exist") as caught:
             load_edits(f"zsre:{path}")
         assert str(path) in str(caught.value)
 

@@ -112,7 +112,7 @@ class Run:
 
     def create(self, description: Mapping[str, Any]) -> None:
         """Start a new run. Raises `InputError` if the folder already holds something."""
-        refuse_existing(self.folder, force=False)
+        refuse_existing(self.folder, force=False, instead="name another, or go on with the training that it holds by --resume")
         with storing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "run.json", {"format": "mendlm-run-1", **description})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,9 +132,15 @@ class Editor:
             "request": {"prompt": example.prompt, "target": example.target, "chat": chat, "scale": scale},
             "base": self.base,
             "method": self.method.name,
-            "editor": {key: self.about[key] for key in ("source", "step", "sha256") if key in self.about},
+            "editor": named(self.about),
             "stack": [],
         }
+
+
+def named(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Which trained editor it was, of what is said about it: its file, hash and step, and the seed of its training."""
+    seed = {"seed": about["training"]["seed"]} if "training" in about else {}
+    return {key: about[key] for key in ("source", "step", "sha256") if key in about} | seed
 
 
 def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple[Learned, dict[str, Any]]:

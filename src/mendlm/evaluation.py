@@ -339,16 +339,17 @@ class Evaluator:
         k = self.config.num_edits
         places = [("prompt", i, e.prompt, of_exact[i]) for i, e in enumerate(examples)]
         places += [("rephrasing", i, prompt, score) for (i, prompt), score in zip(asked, of_rephrased, strict=True)]
-        places = [place for place in places if examples[place[1]].old is not None]
+        places = [place for place in places if examples[place[1]].old not in (None, examples[place[1]].target)]
         olds = [(i // k, self.encode(examples[i], prompt, examples[i].old)) for _, i, prompt, _ in places]
         for (where, i, _, new), old in zip(places, self.score(olds, edit), strict=True):
             better = [a < b for a, b in zip(new.nll, old.nll, strict=True)]
             rows[i].setdefault("new_over_old", {}).setdefault(where, []).append(better)
-        # A neighbour shares the old answer; there it should stay the likelier one.
+        # A neighbour is another statement that shares the old answer, which should stay the likelier one. Labels and the groups
+        # of KnowEdit, whose texts may hold the target, are none.
         shared = [
             (i, probe, score)
             for (i, probe), score in zip(watched, of_unrelated, strict=True)
-            if probe.answer is not None and examples[i].old == probe.answer
+            if "new_over_old" in rows[i] and examples[i].old == probe.answer and not examples[i].question and probe.kind is None
         ]
         chat = self.config.chat
         news = [(i // k, self.formatter.encode(probe.prompt, examples[i].target, chat=chat)) for i, probe, _ in shared]

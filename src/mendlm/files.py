@@ -174,14 +174,17 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
 
 
-def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise `InputError` for an output folder that holds something: without `force`, and where it could not be replaced."""
+def refuse_existing(path: Path, *, force: bool, instead: str = "name another or replace it with --force") -> None:
+    """Raise `InputError` for an output folder that holds something: without `force`, and where it could not be replaced.
+
+    `instead` is what the user can do.
+    """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name a folder for the output")
     if not (path.exists() and _held(path)):
         return
     if not force:
-        raise InputError(f"the folder {path} already exists and is not empty; name another or replace it with --force")
+        raise InputError(f"the folder {path} already exists and is not empty; {instead}")
     if path.is_symlink() or Path.cwd().is_relative_to(path.resolve()):
         raise InputError(f"{path} is not empty, and a link or where you are, which cannot be replaced; name another folder")
 

@@ -89,15 +89,24 @@ COLUMNS = {
 """Keys of a summary that hold a value with an interval -> what a table calls them."""
 
 
-def find(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every summary under some folders, by data, method and number of edits. Raises `InputError` if there is none."""
-    cells: dict[Path, dict[str, Any]] = {}
-    for folder in folders:
-        inside = (path for path in sorted(folder.rglob("summary.json")) if not _hidden(path.relative_to(folder)))
-        paths = [path.resolve() for path in inside]
-        if not paths:
-            raise InputError(f"{folder} holds no summary.json; give folders that `mendlm eval` or `compare` has written")
-        cells |= {path: read(path) for path in paths}
+def find(places: Sequence[Path]) -> list[dict[str, Any]]:
+    """Every summary under some folders, or in files of many, by data, method and number of edits.
+
+    Such a file is a list of them, as `write` makes one, or an object that holds one as `cells`. Raises `InputError` for a place
+    that has none, and as `read`.
+    """
+    cells: dict[tuple[Path, int], dict[str, Any]] = {}
+    for place in places:
+        if place.is_file():
+            content = read_json(place)
+            found = content.get("cells") if isinstance(content, dict) else content
+            listed = found if isinstance(found, list) else []
+            cells |= {(place.resolve(), i): _checked(cell, f"{place}, cell {i + 1},") for i, cell in enumerate(listed)}
+        else:
+            listed = [path.resolve() for path in sorted(place.rglob("summary.json")) if not _hidden(path.relative_to(place))]
+            cells |= {(path, 0): read(path) for path in listed}
+        if not listed:
+            raise InputError(f"{place} holds no summary.json; give folders that `mendlm eval` or `compare` has written")
     return sorted(cells.values(), key=lambda cell: (cell["data"], cell["chat"], cell["method"], cell["num_edits"]))
 
 
@@ -108,16 +117,19 @@ def _hidden(path: Path) -> bool:
 
 def read(path: Path) -> dict[str, Any]:
     """One summary. Raises `FormatError` if the file is damaged, or not a summary of this version's."""
-    content = read_json(path)
+    return _checked(read_json(path), str(path))
+
+
+def _checked(content: Any, where: str) -> dict[str, Any]:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise FormatError(f"{path} is not a summary of the format {FORMAT}" + (f", but {found!r}" if found else ""))
+        raise FormatError(f"{where} is not a summary of the format {FORMAT}" + (f", but {found!r}" if found else ""))
     try:
         pydantic.TypeAdapter(Cell).validate_python(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FormatError(f"{path} is damaged, at '{where}': {first['msg']}; make it again") from None
+        field = ".".join(map(str, first["loc"]))
+        raise FormatError(f"{where} is damaged, at '{field}': {first['msg']}; make it again") from None
     cell: dict[str, Any] = content
     return cell
 
@@ -196,7 +208,7 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
         least = min(cell["num_edits"] for cell in mine)
         for name, x, label in (
             ("accuracy", _loss, "drawdown: accuracy lost on unrelated answers"),
-            ("perplexity", _rise, "drawdown: rise of the perplexity"),
+            ("perplexity", _rise, "drawdown: rise of the perplexity, as a share of the base's"),
         ):
             drawdowns = [(cell, x(cell)) for cell in mine if cell["num_edits"] == least]
             points = [(cell, value) for cell, value in drawdowns if value is not None]
@@ -204,17 +216,19 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
                 figure, axis = plt.subplots(figsize=(7.5, 4))
                 near = [value for _, value in points if value <= FAR]
                 edge = 1.25 * max([*near, 0.0]) or FAR
-                for (cell, value), marker in zip(points, itertools.cycle("osD^v<>PX*"), strict=False):
+                # Nine markers for ten colours: ninety points that look different.
+                for (cell, value), marker in zip(points, itertools.cycle("osD^v<>PX"), strict=False):
+                    reached = cell["edit_success"]
                     look: dict[str, Any] = {"marker": marker, "ls": "", "capsize": 3, "label": _name(cell)}
                     if value > FAR:
-                        said, place = f"{short(1 + value, 0)} times →", (edge, cell["success"]["after"])
+                        said, place = f"{short(1 + value, 0)} times →", (edge, reached["after"])
                         axis.annotate(said, place, ha="right", va="center", textcoords="offset points", xytext=(-8, 0))
                         value, across, look["clip_on"] = edge, None, False
                     else:
                         across = _across(cell, name, value)
-                    axis.errorbar(value, cell["success"]["after"], _bars(cell["success"]), across, **look)
+                    axis.errorbar(value, reached["after"], _bars(reached), across, **look)
                 axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-                axis.set(title=data, xlabel=label, ylabel="success", ylim=(-0.03, 1.05))
+                axis.set(title=data, xlabel=label, ylabel="ES: success on prompt and rephrasings", ylim=(-0.03, 1.05))
                 if len(near) < len(points):
                     axis.set_xlim(right=edge)
                 yield f"success-over-{name}-{number}", _png(figure)
@@ -238,6 +252,9 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
             together = "in turn" if any(cell["sequential"] for cell in mine) else "at once"  # a single edit is neither
             for axis in axes:
                 axis.set(xlabel=f"edits {together}", xscale="log")
+                axis.set_xticks(sorted({cell["num_edits"] for cell in mine}), minor=False)
+                axis.set_xticks([], minor=True)
+                axis.xaxis.set_major_formatter("{x:.0f}")
             axes[0].legend()
             figure.suptitle(data)
             yield f"over-edits-{number}", _png(figure)

@@ -242,6 +242,15 @@ def known(method: str | None) -> None:
         method_types(method)
 
 
+def settings_of(method: str | None) -> list[str]:
+    """What `open_method` takes as settings: a trained editor keeps those of its run, but one."""
+    from mendlm.methods import LEARNED, method_types
+
+    if method is None or method in LEARNED:
+        return ["normalizer_follows"]
+    return list(method_types(method)[1].__dataclass_fields__)
+
+
 def open_method(
     name: str | None,
     values: dict[str, Any],
@@ -269,17 +278,15 @@ def open_method(
     if name is not None:
         kind, config = method_types(name)
     if name is None or name in LEARNED:
-        follows = {key: value for key, value in values.items() if key == "normalizer_follows"}
-        if len(follows) < len(values):
-            other = next(key for key in values if key not in follows)
+        if other := next((key for key in values if key not in settings_of(name)), None):
             raise InputError(f"'{other}' is no setting here: a trained editor keeps the settings of its run")
         if editor is None and name not in (None, "mend"):
             raise InputError(f"the method '{name}' has to be trained: mendlm train --method {name} ..., then --editor RUN")
         method, about = load_method(editor_of(editor, source), model, force=force)
         if name not in (None, method.name):
             raise InputError(f"--editor {editor} is an editor of the method '{method.name}', not '{name}'")
-        if follows:
-            method.config = parse_config(type(method.config), {**asdict(method.config), **follows})
+        if values:
+            method.config = parse_config(type(method.config), {**asdict(method.config), **values})
         return method, about
     if editor is not None:
         raise InputError(f"the method '{name}' has no editor; leave --editor out")

@@ -41,6 +41,7 @@ def compare(
 ) -> None:
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
     from mendlm.checkpoint import parse_config, with_defaults
+    from mendlm.editor import named
     from mendlm.errors import NumericalError
     from mendlm.evaluation import EvaluationConfig, Evaluator, chunks, evaluate, require_work
     from mendlm.files import folder, plain
@@ -70,8 +71,8 @@ def compare(
     loaded, tokenizer = common.open_model(model, origin, seed=seed)
     base = base_of(loaded)
 
-    def open_cell(name: str, count: int) -> tuple[Any, EvaluationConfig, dict[str, Any]]:
-        """A method, how it is scored, and all that its results depend on."""
+    def open_cell(name: str, count: int) -> tuple[Any, EvaluationConfig, dict[str, Any], dict[str, Any]]:
+        """A method, how it is scored, all that its results depend on, and what is said about it."""
         run, own, scored = runs.get((name, count)), values.get(name, {}), len(requests.examples)
         chosen, trained = common.open_method(name, own, run, model, loaded, tokenizer, unrelated, scored=scored)
         # A single edit, or what a method keeps of each request by itself, is the same in turn as at once.
@@ -88,12 +89,12 @@ def compare(
             "method": asdict(chosen.config),
             "editor": trained.get("sha256"),
         }
-        return chosen, own_config, plain(cell)
+        return chosen, own_config, plain(cell), trained
 
     cells = {(name, count): out / "cells" / f"{name}-{count}" for name in names for count in counts}
     left = []
     for (name, count), place in cells.items():  # all are opened once first, so that what is wrong is said before the work
-        chosen, own_config, cell = open_cell(name, count)
+        chosen, own_config, cell, _ = open_cell(name, count)
         Evaluator(chosen, chosen.specs, loaded, tokenizer, own_config)
         if (place / "summary.json").exists():
             found = read(place / "summary.json").get("cell") or {}
@@ -108,7 +109,7 @@ def compare(
     refused: dict[str, list[tuple[str, int]]] = {}
     with folder(out / "cells") if processes.is_main() else contextlib.nullcontext():
         for name, count in left:
-            chosen, own_config, cell = open_cell(name, count)
+            chosen, own_config, cell, trained = open_cell(name, count)
             try:
                 with common.progress(f"{name}, {count} together") as show:
                     results = evaluate(
@@ -119,7 +120,7 @@ def compare(
                         requests,
                         own_config,
                         locality=unrelated,
-                        about={"command": common.command_line(sys.argv), "cell": cell},
+                        about={"command": common.command_line(sys.argv), "editor": named(trained), "cell": cell},
                         callback=show,
                     )
             except (InputError, NumericalError) as error:  # of its own texts: the other cells are scored all the same
@@ -144,12 +145,18 @@ def compare(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that hold results.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the table, the pictures and the page.")],
+    places: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that hold results; or a table.json, or one of `benchmarks`.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the table, the pictures and the page (default: the first DIR).")
+    ] = None,
     json_output: common.Json = False,
 ) -> None:
     """Make table, pictures and page of result files again, without any model."""
-    _publish(folders, out, json_output)
+    if out is None and not places[0].is_dir():
+        raise InputError(f"{places[0]} is no folder; name one for the table, the pictures and the page by --out")
+    _publish(places, out or places[0], json_output)
 
 
 def _publish(folders: list[Path], out: Path, json_output: bool) -> None:

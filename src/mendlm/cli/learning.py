@@ -246,6 +246,7 @@ def evaluate(
     common.known(method)
 
     from mendlm.checkpoint import parse_config
+    from mendlm.editor import named
     from mendlm.evaluation import EvaluationConfig
     from mendlm.evaluation import evaluate as run_evaluation
     from mendlm.files import refuse_existing
@@ -256,12 +257,16 @@ def evaluate(
     given = {"num_edits": num_edits, "sequential": sequential, "chat": chat, "scale": scale, "seed": seed}
     own = {name: value for name, value in values.items() if name in EvaluationConfig.__dataclass_fields__}
     evaluation_config = parse_config(EvaluationConfig, {**given, **own})
+    others, known = {name: value for name, value in values.items() if name not in own}, common.settings_of(method)
+    for name in others:
+        if name not in known:
+            what = f"an evaluation has {', '.join(EvaluationConfig.__dataclass_fields__)}; the method {', '.join(known)}"
+            raise InputError(f"'{name}' is no setting here: {what}")
     refuse_existing(out, force=force)
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
     loaded, tokenizer = common.open_model(model, origin, seed=seed)
-    others = {name: value for name, value in values.items() if name not in own}
-    chosen, _ = common.open_method(
+    chosen, trained = common.open_method(
         method, others, editor, model, loaded, tokenizer, unrelated, scored=len(requests.examples), force=force
     )
     with common.progress("evaluating") as show:
@@ -273,7 +278,7 @@ def evaluate(
             requests,
             evaluation_config,
             locality=unrelated,
-            about={"command": common.command_line(sys.argv)},
+            about={"command": common.command_line(sys.argv), "editor": named(trained)},
             callback=show,
         )
     if is_main():

@@ -214,7 +214,7 @@ class Task(ABC):
         """Read a whole file. With `skip_bad`, malformed records are counted and left out."""
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"the data file {path} does not exist")
+            raise InputError(f"the data file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
         examples: list[EditExample] = []
         probes: list[Probe] = []
         skipped = left_out = 0

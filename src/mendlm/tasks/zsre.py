@@ -66,10 +66,11 @@ def _flat(fields: Fields) -> EditExample:
             raise fields.error("portability", f"expected an object with fields, got {type(given).__name__}")
         inner = Fields(fields.path, fields.line, given)
         portability = (Probe(inner.text("New Question"), inner.text("New Answer"), "one_hop"),)
+    target = fields.text("alt")
     return EditExample(
         prompt=fields.text("src"),
-        target=fields.text("alt"),
-        old=answers[0] if answers else fields.optional("pred"),
+        target=target,
+        old=next((answer for answer in answers if answer != target), None) if answers else fields.optional("pred"),
         rephrasings=(rephrasing,) if rephrasing else (),
         unrelated=(Probe(as_question(unrelated), fields.optional("loc_ans")),) if unrelated else (),
         portability=portability,
