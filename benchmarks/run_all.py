@@ -80,10 +80,10 @@ def main() -> None:
 
 
 def run_shapes(options: list[str], *, toy: bool) -> None:
-    """All shapes, in bf16, the large ones in NF4 too."""
+    """All shapes, in bf16, the large ones in NF4 too, there also with 8 requests of a step in memory at a time."""
     for shape in () if toy else MEASURED:
         run("scale", "--shape", shape, *options, *SMALL_EDITOR)
-    for more in ([], ["--quantize", "nf4"]):
+    for more in ([], ["--quantize", "nf4"], ["--quantize", "nf4", "--micro-batch", "8"]):
         for shape in TOY_SHAPES if toy else SHAPES:
             run("scale", "--shape", shape, *options, *more, check=toy)  # a large one may not fit
 
@@ -101,7 +101,7 @@ def run(name: str, *options: str, check: bool = True) -> None:
 
 def results(folder: Path, kind: str) -> dict[str, Any]:
     """What the scripts found on one kind of device, by name."""
-    shapes = (f"scale-{shape}{form}" for shape in (*TOY_SHAPES, *MEASURED, *SHAPES) for form in ("", "-nf4"))
+    shapes = (f"scale-{shape}{form}" for shape in (*TOY_SHAPES, *MEASURED, *SHAPES) for form in ("", "-nf4", "-nf4-by-8"))
     of_shapes = (f"{name}-{shape}" for name in ("floor", "training", "memory") for shape in ("toy", "1b"))
     of_batches = ("memory-by-8", *(f"memory-{shape}-{of}" for shape in ("toy", "1b") for of in ("by-8", "of-10")))
     names = [*(name for name in TOY if name != "scale"), *of_shapes, *of_batches, *shapes]
@@ -140,6 +140,7 @@ def scale_table(found: dict[str, Any]) -> str:
     ]
     for name, result in found.items():
         if name.startswith("scale-") and result["shape"] not in MEASURED:
+            base = result["base"] + (f", {some} requests at a time" if (some := result.get("micro_batch")) else "")
             plan, cards = result["plan"], ", ".join(f"{card}" for card in result["plan"]["fits_gb"]) or "none of 16 to 80"
             measured = "computed only"
             if "peak_gb" in result:
@@ -149,7 +150,7 @@ def scale_table(found: dict[str, Any]) -> str:
                     f"({result['machine']['device']})"
                 )
             lines.append(
-                f"| {result['shape']} | {result['base']} | {plan['total'] / 1e9:.1f} | {cards} | {plan['flops'] / 1e12:.2f} "
+                f"| {result['shape']} | {base} | {plan['total'] / 1e9:.1f} | {cards} | {plan['flops'] / 1e12:.2f} "
                 f"| {measured} |"
             )
     return "\n".join(lines) + "\n" if len(lines) > 2 else ""
@@ -266,6 +267,7 @@ def drawing(panels: int) -> Any:
 def scale_picture(found: dict[str, Any]) -> Any:
     """Memory and operations over the size of the model, computed."""
     large = [result for name, result in found.items() if name.startswith("scale-") and result["shape"] not in MEASURED]
+    large = [result for result in large if not result.get("micro_batch")]
     if not large:
         return None
     figure, (left, right) = drawing(2)

@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="compute only")
     parser.add_argument("--rank", type=int, default=1920, help="the editor's; the paper has 1920")
     parser.add_argument("--batch", type=int, default=64, help="requests a step")
+    parser.add_argument("--micro-batch", type=int, help="requests of a step in memory at a time; by default all")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--edits", type=int, default=20, help="timed edits")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -90,14 +91,16 @@ def main() -> None:
             subprocess.run([sys.executable, __file__, *sys.argv[1:], "--shape", shape], check=False)  # the last one holds
         return
     device, base = torch.device(arguments.device), arguments.quantize or "bf16"
-    planned = plans(fake_model(SHAPES[arguments.shape]()), rank=arguments.rank, batch_size=arguments.batch)[base]
+    sizes = {"rank": arguments.rank, "batch_size": arguments.batch, "micro_batch_size": arguments.micro_batch}
+    planned = plans(fake_model(SHAPES[arguments.shape]()), **sizes)[base]
     result = {
         "shape": arguments.shape, "base": base, "rank": arguments.rank, "batch": arguments.batch,
-        "lengths": asdict(Lengths()), "plan": planned.figures(),
+        "micro_batch": arguments.micro_batch, "lengths": asdict(Lengths()), "plan": planned.figures(),
     }  # fmt: skip
     if not arguments.plan and (device.type == "cuda" or arguments.shape in SMALL):
         result |= measure(arguments, device, planned)
-    bench.save(arguments, f"scale-{arguments.shape}{'-nf4' if arguments.quantize else ''}", device, result)
+    form = "-nf4" * bool(arguments.quantize) + (f"-by-{arguments.micro_batch}" if arguments.micro_batch else "")
+    bench.save(arguments, f"scale-{arguments.shape}{form}", device, result)
 
 
 def measure(arguments: Any, device: torch.device, planned: Plan) -> dict[str, Any]:
@@ -107,7 +110,8 @@ def measure(arguments: Any, device: torch.device, planned: Plan) -> dict[str, An
     formatter = formatter_of(model)
     method = Mend(default_layers(model), MendConfig(rank=arguments.rank)).to(device)
     optimizer = torch.optim.Adam(method.parameters())
-    drawn, config = texts(arguments.batch, Lengths(), formatter.family), TrainConfig()
+    drawn = texts(arguments.batch, Lengths(), formatter.family)
+    config = TrainConfig(micro_batch_size=arguments.micro_batch)
     method.prepare(model, formatter.batch([drawn[0].edit]))
     gc.collect()
     memory.forget_peak(device)
