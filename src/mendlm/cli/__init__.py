@@ -48,7 +48,8 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's `UsageError`, from the click that typer brings along or depends on."""
 OUT_OF_MEMORY = (
     "The device is too small for this: a smaller micro_batch_size or batch_size, a lower editor.rank, --quantize, "
-    "--editor-device or --device-map take less of it; `mendlm inspect MODEL --plan` says how much. A training goes on from its last checkpoint by --resume."
+    "--editor-device or --device-map take less of it; `mendlm inspect MODEL --plan` says how much. "
+    "A training goes on from its last checkpoint by --resume."
 )
 
 
