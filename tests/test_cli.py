@@ -782,7 +782,7 @@ def test_a_device_that_is_too_small_is_one_message(run: Command, tmp_path: Path,
 
     monkeypatch.setattr("mendlm.evaluation.evaluate", full)
     said = run("eval", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / "out", fails=True)
-    assert "Tried to allocate 2.00 GiB. The device is too small for this: a smaller batch_size" in said
+    assert "Tried to allocate 2.00 GiB. The device is too small for this: a smaller micro_batch_size or batch_size" in said
     monkeypatch.setattr("mendlm.evaluation.evaluate", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         main(["eval", *ON, "--data", "records:facts.jsonl", "--out", str(tmp_path / "out")])
