@@ -253,7 +253,8 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
     (out / "table.md").unlink()
     assert run("report", out)["out"] == str(out)
     assert (out / "table.md").is_file()
-    assert "name one for the table" in run("report", out / "table.json", fails=True)
+    for command in (("report", out / "table.json"), (*COMPARE, "--methods", "ft", "--out", out / "table.json")):
+        assert "table.json is a file; name a folder" in run(*command, fails=True)
 
 
 @pytest.mark.parametrize(

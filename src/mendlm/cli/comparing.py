@@ -50,6 +50,7 @@ def compare(
     from mendlm.report import read
     from mendlm.tasks import load_edits, load_unrelated
 
+    _require_folder(out)
     names, counts = _names(methods), _counts(num_edits)
     for name in names:
         common.known(name)
@@ -146,7 +147,7 @@ def compare(
 
 def report(
     places: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders that hold results; or a table.json, or one of `benchmarks`.")
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that hold results, or files of many, as table.json.")
     ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the table, the pictures and the page (default: the first DIR).")
@@ -154,22 +155,27 @@ def report(
     json_output: common.Json = False,
 ) -> None:
     """Make table, pictures and page of result files again, without any model."""
-    if out is None and not places[0].is_dir():
-        raise InputError(f"{places[0]} is no folder; name one for the table, the pictures and the page by --out")
-    _publish(places, out or places[0], json_output)
+    out = out or places[0]
+    _require_folder(out)
+    _publish(places, out, json_output)
 
 
-def _publish(folders: list[Path], out: Path, json_output: bool) -> None:
+def _require_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; name a folder for the output")
+
+
+def _publish(places: list[Path], out: Path, json_output: bool) -> None:
     from mendlm.report import table
 
-    cells, written = _write(folders, out)
+    cells, written = _write(places, out)
     common.emit(json_output, {"out": str(out), "files": [str(path) for path in written]}, table(cells).rstrip())
 
 
-def _write(folders: list[Path], out: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+def _write(places: list[Path], out: Path) -> tuple[list[dict[str, Any]], list[Path]]:
     from mendlm.report import find, write
 
-    cells = find(folders)
+    cells = find(places)
     return cells, write(cells, out)
 
 
