@@ -603,7 +603,7 @@ def test_compare_says_what_is_wrong_with_a_later_cell_before_it_scores_an_earlie
                                                        fails=True)  # fmt: skip
     assert not (tmp_path / "c").exists()
     (tmp_path / "c").write_text("a file")
-    assert "cannot write" in run(*COMPARE, *methods, fails=True)
+    assert "is a file; name a folder" in run(*COMPARE, *methods, fails=True)
 
 
 def on_claims(folder: Path) -> tuple[object, ...]:
