@@ -38,7 +38,9 @@ MethodOption = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Seed of what is drawn at random; what a task draws (FEVER's labels, ...) has seed 0.")
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one).")]
 DeviceMap = Annotated[
     str | None,

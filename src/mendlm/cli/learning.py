@@ -287,7 +287,7 @@ def evaluate(
         common.emit(True, results.summary, "")
         return
     rows = []
-    names = ("success", "success_of_new", "generality", "success_generated", "generality_generated", "locality")
+    names = ("success", "success_of_new", "generality", "edit_success", "success_generated", "generality_generated", "locality")
     for name in (*names, "unrelated_accuracy", "perplexity"):
         value = results.summary[name]
         interval = f"{short(value['low'], 3)} to {short(value['high'], 3)}" if value["low"] is not None else "-"
