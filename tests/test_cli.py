@@ -384,7 +384,7 @@ def test_the_normaliser_may_follow_along_while_editing(run: Command, tmp_path: P
     assert [one["method_config"]["normalizer_follows"] for one in found] == [False, True]
     assert found[0]["weight_change"] != found[1]["weight_change"]
     refused = run("eval", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / "x", "--set", "rank=3", fails=True)
-    assert "'rank' is no setting here" in refused
+    assert "'rank' is no setting here: an evaluation has num_edits," in refused
 
 
 def test_export_of_several_edits(run: Command, place: Path, tmp_path: Path) -> None:

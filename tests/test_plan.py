@@ -138,6 +138,14 @@ def test_the_command_plans_without_weights(place: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "memory of training, computed" in shown
     assert "64 requests a step\nprompts of 14 tokens, rephrasings of 26, unrelated texts of 24; longer ones" in shown
+    with pytest.raises(SystemExit):
+        main(["inspect", "model", "--plan", "--rank", "4", "--micro-batch-size", "8", "--json"])
+    parts = json.loads(capsys.readouterr().out)
+    assert parts["micro_batch_size"] == 8
+    assert parts["plans"]["bf16"]["step"] < content["plans"]["bf16"]["step"]
+    with pytest.raises(SystemExit):
+        main(["inspect", "model", "--micro-batch-size", "8"])
+    assert "--micro-batch-size is for the plan of a training" in capsys.readouterr().err
 
 
 def test_layers_are_chosen_where_no_default_is_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -635,9 +635,16 @@ def test_a_step_is_adam_on_the_mean_loss_with_its_own_rates(tmp_path: Path) -> N
             torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_the_normalizer_sees_the_first_requests_once(tmp_path: Path) -> None:
-    one = trainer(tmp_path, replace(SMALL, normalizer_examples=7))
+@pytest.mark.parametrize(("micro", "most"), [(None, 3), (2, 2), (100, 3)])
+def test_the_normalizer_sees_the_first_requests_once(
+    micro: int | None, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(tmp_path, replace(SMALL, batch_size=4, normalizer_examples=7, micro_batch_size=micro))
+    seen: list[int] = []
+    prepare = Mend.prepare
+    monkeypatch.setattr(Mend, "prepare", lambda self, model, batch: (seen.append(batch.size), prepare(self, model, batch)))
     one.prepare()
+    assert (max(seen), sum(seen)) == (most, 7)
     twin = new_method()
     for d in one._drawn([*one.batch(0), *one.batch(1)][:7], "normalizer"):
         twin.fit_normalizer(twin.gradient(one.model, one.formatter.batch([d.edit])))
@@ -645,11 +652,17 @@ def test_the_normalizer_sees_the_first_requests_once(tmp_path: Path) -> None:
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_validation_is_the_mean_over_whole_groups_and_always_the_same(tmp_path: Path) -> None:
-    config = replace(SMALL, num_edits=2)
+@pytest.mark.parametrize(("micro", "sizes"), [(None, [4, 2]), (3, [2, 2, 2]), (100, [4, 2])])
+def test_validation_is_the_mean_over_whole_groups_and_always_the_same(
+    micro: int | None, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SMALL, num_edits=2, micro_batch_size=micro)
     one = trainer(tmp_path, config, valid=VALID)
+    asked: list[int] = []
+    monkeypatch.setattr(training, "outer_loss", lambda *args: asked.append(len(args[4])) or outer_loss(*args))
     one.prepare()
     first = one.validate()
+    assert asked == sizes
     assert one.validate() == first
     drawn = one._drawn(VALID.examples, "valid")[:6]
     loss, sums = outer_loss(one.method, one.model, one.formatter, Trunk(()), drawn, config)

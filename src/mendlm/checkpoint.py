@@ -110,9 +110,13 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def require_new(self) -> None:
+        """Raise `InputError` if the folder already holds something."""
+        refuse_existing(self.folder, force=False, instead="name another; a training that it holds goes on by --resume")
+
     def create(self, description: Mapping[str, Any]) -> None:
-        """Start a new run. Raises `InputError` if the folder already holds something."""
-        refuse_existing(self.folder, force=False, instead="name another, or go on with the training that it holds by --resume")
+        """Start a new run; raises as `require_new`."""
+        self.require_new()
         with storing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "run.json", {"format": "mendlm-run-1", **description})

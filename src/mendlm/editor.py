@@ -132,12 +132,12 @@ class Editor:
             "request": {"prompt": example.prompt, "target": example.target, "chat": chat, "scale": scale},
             "base": self.base,
             "method": self.method.name,
-            "editor": named(self.about),
+            "editor": which_editor(self.about),
             "stack": [],
         }
 
 
-def named(about: Mapping[str, Any]) -> dict[str, Any]:
+def which_editor(about: Mapping[str, Any]) -> dict[str, Any]:
     """Which trained editor it was, of what is said about it: its file, hash and step, and the seed of its training."""
     seed = {"seed": about["training"]["seed"]} if "training" in about else {}
     return {key: about[key] for key in ("source", "step", "sha256") if key in about} | seed

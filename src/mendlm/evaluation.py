@@ -344,12 +344,16 @@ class Evaluator:
         for (where, i, _, new), old in zip(places, self.score(olds, edit), strict=True):
             better = [a < b for a, b in zip(new.nll, old.nll, strict=True)]
             rows[i].setdefault("new_over_old", {}).setdefault(where, []).append(better)
-        # A neighbour is another statement that shares the old answer, which should stay the likelier one. Labels and the groups
-        # of KnowEdit, whose texts may hold the target, are none.
+        # A neighbour is another statement of the data's that shares the old answer, which should stay the likelier one. Labels
+        # and the groups of KnowEdit, whose texts may hold the target, are none.
         shared = [
             (i, probe, score)
             for (i, probe), score in zip(watched, of_unrelated, strict=True)
-            if "new_over_old" in rows[i] and examples[i].old == probe.answer and not examples[i].question and probe.kind is None
+            if "new_over_old" in rows[i]
+            and not examples[i].question
+            and probe in examples[i].unrelated
+            and probe.kind is None
+            and probe.answer == examples[i].old
         ]
         chat = self.config.chat
         news = [(i // k, self.formatter.encode(probe.prompt, examples[i].target, chat=chat)) for i, probe, _ in shared]

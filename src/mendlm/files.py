@@ -174,13 +174,18 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
 
 
+def require_folder(path: Path) -> None:
+    """Raise `InputError` for an output folder that is a file."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; name a folder for the output")
+
+
 def refuse_existing(path: Path, *, force: bool, instead: str = "name another or replace it with --force") -> None:
     """Raise `InputError` for an output folder that holds something: without `force`, and where it could not be replaced.
 
     `instead` is what the user can do.
     """
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; name a folder for the output")
+    require_folder(path)
     if not (path.exists() and _held(path)):
         return
     if not force:

@@ -92,22 +92,24 @@ COLUMNS = {
 def find(places: Sequence[Path]) -> list[dict[str, Any]]:
     """Every summary under some folders, or in files of many, by data, method and number of edits.
 
-    Such a file is a list of them, as `write` makes one, or an object that holds one as `cells`. Raises `InputError` for a place
-    that has none, and as `read`.
+    Such a file is a list of them, as `write` makes one, or an object that holds one as `cells`. What is found twice counts
+    once. Raises `InputError` for a place that has none, and as `read`.
     """
-    cells: dict[tuple[Path, int], dict[str, Any]] = {}
+    cells: list[dict[str, Any]] = []
     for place in places:
         if place.is_file():
             content = read_json(place)
-            found = content.get("cells") if isinstance(content, dict) else content
-            listed = found if isinstance(found, list) else []
-            cells |= {(place.resolve(), i): _checked(cell, f"{place}, cell {i + 1},") for i, cell in enumerate(listed)}
+            found = content.get("cells", [content]) if isinstance(content, dict) else content
+            listed = [_checked(one, str(place)) for one in (found if isinstance(found, list) else [])]
         else:
-            listed = [path.resolve() for path in sorted(place.rglob("summary.json")) if not _hidden(path.relative_to(place))]
-            cells |= {(path, 0): read(path) for path in listed}
+            paths = sorted(place.rglob("summary.json"))
+            listed = [read(path) for path in paths if not _hidden(path.relative_to(place))]
         if not listed:
-            raise InputError(f"{place} holds no summary.json; give folders that `mendlm eval` or `compare` has written")
-    return sorted(cells.values(), key=lambda cell: (cell["data"], cell["chat"], cell["method"], cell["num_edits"]))
+            raise InputError(
+                f"{place} holds no summary; give folders that `mendlm eval` or `compare` has written, or a table.json"
+            )
+        cells += [cell for cell in listed if cell not in cells]
+    return sorted(cells, key=lambda cell: (cell["data"], cell["chat"], cell["method"], cell["num_edits"]))
 
 
 def _hidden(path: Path) -> bool:

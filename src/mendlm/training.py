@@ -39,7 +39,7 @@ from mendlm import processes
 from mendlm.apply import Edit, join
 from mendlm.checkpoint import Run
 from mendlm.errors import InputError, NumericalError, StorageError, require
-from mendlm.files import locked, plain, refuse_existing, storing
+from mendlm.files import locked, plain, storing
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned
 from mendlm.models import base_of, device_of, is_sharded, quantizer
@@ -65,8 +65,8 @@ class TrainConfig:
     batch_size: int = 64
     """Requests a step, each with its own edit."""
     micro_batch_size: int | None = None
-    """Requests of a step that memory holds at a time, whose gradients are summed; by default all of them. Those that are edited
-    at once stay together."""
+    """Requests of a step that memory holds at a time, in each process, whose gradients are summed; by default all of them.
+    Those that are edited at once stay together."""
     num_edits: int = 1
     """Requests edited at once: their updates are summed, and each is judged under the sum."""
     single_share: float = 0.0
@@ -405,6 +405,10 @@ class Trainer:
         """This process's share of a step's requests; those that are edited at once, k together, stay together."""
         return [d for i, d in enumerate(drawn) if self.sharded or processes.mine(i // k)]
 
+    def _at_a_time(self, most: int) -> int:
+        """Requests in memory at a time, of so many at most."""
+        return min(most, self.config.micro_batch_size or most)
+
     def _mean(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """The mean over so many requests of all processes."""
         values = torch.stack([value.detach().double() for value in sums.values()]) / (count * self.copies)
@@ -419,7 +423,7 @@ class Trainer:
         """The first pass over training requests, which fixes the editor's statistics."""
         examples = [e for s in range(-(-self.config.normalizer_examples // self.config.batch_size)) for e in self.batch(s)]
         drawn = self._drawn(examples[: self.config.normalizer_examples], "normalizer")
-        most = self.config.micro_batch_size or self.config.batch_size
+        most = self._at_a_time(self.config.batch_size)
         if not processes.is_main() and not self.sharded:  # what was seen before is counted once
             for statistics in self.method.buffers():
                 statistics.zero_()
@@ -462,7 +466,7 @@ class Trainer:
         whole, k = len(drawn) - len(drawn) % self.config.num_edits, self.config.num_edits
         mine = self._mine(drawn[:whole], k)
         whole_step = self.config.batch_size * self.copies // processes.count()
-        for some in portions(mine, self.config.micro_batch_size or whole_step, k):
+        for some in portions(mine, self._at_a_time(whole_step), k):
             _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config)
             total = {name: total.get(name, 0.0) + value.double() for name, value in sums.items()}
         return {f"valid_{name}": value.item() for name, value in self._mean(total, whole).items()}
@@ -634,7 +638,7 @@ def train(
             trainer.resume()
         else:
             if main:
-                refuse_existing(run.folder, force=False)
+                run.require_new()
             if not prepared:
                 trainer.prepare()
             if main:  # only now: a folder that a kill leaves behind can be resumed, or is empty

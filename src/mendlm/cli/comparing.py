@@ -41,16 +41,16 @@ def compare(
 ) -> None:
     """Score several methods on the same requests under one protocol. Interrupted, it goes on where it stopped."""
     from mendlm.checkpoint import parse_config, with_defaults
-    from mendlm.editor import named
+    from mendlm.editor import which_editor
     from mendlm.errors import NumericalError
     from mendlm.evaluation import EvaluationConfig, Evaluator, chunks, evaluate, require_work
-    from mendlm.files import folder, plain
+    from mendlm.files import folder, plain, require_folder
     from mendlm.methods import LEARNED
     from mendlm.models import base_of, is_sharded
     from mendlm.report import read
     from mendlm.tasks import load_edits, load_unrelated
 
-    _require_folder(out)
+    require_folder(out)
     names, counts = _names(methods), _counts(num_edits)
     for name in names:
         common.known(name)
@@ -121,7 +121,7 @@ def compare(
                         requests,
                         own_config,
                         locality=unrelated,
-                        about={"command": common.command_line(sys.argv), "editor": named(trained), "cell": cell},
+                        about={"command": common.command_line(sys.argv), "editor": which_editor(trained), "cell": cell},
                         callback=show,
                     )
             except (InputError, NumericalError) as error:  # of its own texts: the other cells are scored all the same
@@ -155,14 +155,11 @@ def report(
     json_output: common.Json = False,
 ) -> None:
     """Make table, pictures and page of result files again, without any model."""
+    from mendlm.files import require_folder
+
     out = out or places[0]
-    _require_folder(out)
+    require_folder(out)
     _publish(places, out, json_output)
-
-
-def _require_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; name a folder for the output")
 
 
 def _publish(places: list[Path], out: Path, json_output: bool) -> None:

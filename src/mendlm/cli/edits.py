@@ -211,6 +211,8 @@ def inspect(
         raise InputError("--data is for the plan of a trunk cache; give --plan, too")
     if layers and not plan:
         raise InputError("--layers is for the plan of a training; give --plan, too")
+    if micro_batch_size and not plan:
+        raise InputError("--micro-batch-size is for the plan of a training; give --plan, too")
     if plan:
         from mendlm.cli import planning
 

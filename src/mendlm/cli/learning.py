@@ -63,9 +63,8 @@ def train(
     editor_values, values = common.read_settings(config, settings or [])
     values |= {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
 
-    from mendlm.checkpoint import parse_config
+    from mendlm.checkpoint import Run, parse_config
     from mendlm.editor import load_method
-    from mendlm.files import refuse_existing
     from mendlm.layers import choose
     from mendlm.training import TrainConfig
 
@@ -76,7 +75,7 @@ def train(
         require_choice_of_rank(method, config_type, editor_values, start)
     editor_config, train_config = parse_config(config_type, editor_values), parse_config(TrainConfig, values)
     if not resume:
-        refuse_existing(out, force=False)
+        Run(out).require_new()
     requests, unrelated, held_out = texts(data, locality, valid, skip_bad=skip_bad)
     loaded, tokenizer = common.open_model(model, origin, seed=train_config.seed)
     if start is not None:
@@ -246,7 +245,7 @@ def evaluate(
     common.known(method)
 
     from mendlm.checkpoint import parse_config
-    from mendlm.editor import named
+    from mendlm.editor import which_editor
     from mendlm.evaluation import EvaluationConfig
     from mendlm.evaluation import evaluate as run_evaluation
     from mendlm.files import refuse_existing
@@ -278,7 +277,7 @@ def evaluate(
             requests,
             evaluation_config,
             locality=unrelated,
-            about={"command": common.command_line(sys.argv), "editor": named(trained)},
+            about={"command": common.command_line(sys.argv), "editor": which_editor(trained)},
             callback=show,
         )
     if is_main():
