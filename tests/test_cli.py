@@ -382,6 +382,7 @@ def test_the_normaliser_may_follow_along_while_editing(run: Command, tmp_path: P
         for name in ("false", "true")
     ]
     assert [one["method_config"]["normalizer_follows"] for one in found] == [False, True]
+    assert all(one["editor"].keys() == {"source", "step", "sha256", "seed"} for one in found)
     assert found[0]["weight_change"] != found[1]["weight_change"]
     refused = run("eval", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / "x", "--set", "rank=3", fails=True)
     assert "'rank' is no setting here: an evaluation has num_edits," in refused
