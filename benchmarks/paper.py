@@ -88,7 +88,8 @@ VARIED = "records:{work}/zsre-varied.jsonl"
 ZSRE, FEVER, FEVER_DEV = ("zsre:{data}/zsre-train.json",), ("fever:{work}/fever-train.jsonl",), "fever:{work}/fever-dev.jsonl"
 BOTH = ("counterfact:{data}/counterfact-train.json", *ZSRE * 3)
 WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
-RATE = "paper rate"
+RATE, TUNED = "paper rate", ("ft", "ft-kl")
+"""Fine-tuning at the paper's rate: what its cells are called, and whose they are."""
 MIDDLE = tuple(f"model.layers.{block}.mlp.*" for block in (22, 23, 24))
 ATTENTION = 'editor.layers=["*.layers.[23].self_attn.q_proj", "*.layers.[23].self_attn.v_proj"]'
 VARIANTS = {
@@ -322,14 +323,15 @@ class Driver:
             words = ["--methods", ",".join(methods), *common, *given, *more, "--out", out]
             self.mendlm(f"compare {name} {variant}".strip(), "compare", *words)
 
-        tuned = [method for method in part.untrained if part.layers and method not in ("cache", "prompt")]
-        placed = [f"{method}.layers={json.dumps(part.layers)}" for method in tuned]
+        def placed(methods: Sequence[str]) -> list[str]:
+            tuned = [method for method in methods if part.layers and method not in ("cache", "prompt")]
+            return [f"{method}.layers={json.dumps(part.layers)}" for method in tuned]
+
         for variant, editors in groups.items():
             methods = part.learned[:1] if variant else (*part.learned, *part.untrained)
-            compare(variant, methods, () if variant else placed, *editors)
+            compare(variant, methods, () if variant else placed(part.untrained), *editors)
         if part.rate:
-            settings = [setting for setting in placed if setting.startswith(("ft.", "ft-kl."))]
-            compare(RATE, ("ft", "ft-kl"), [*settings, f"ft.rate={part.rate}", f"ft-kl.rate={part.rate}"])
+            compare(RATE, TUNED, [*placed(TUNED), *(f"{method}.rate={part.rate}" for method in TUNED)])
         self.publish(name, [*groups, *[RATE] * bool(part.rate)])
 
     def logs(self, name: str) -> dict[str, dict[str, list[float]]]:

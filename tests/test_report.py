@@ -81,7 +81,7 @@ def test_a_report_holds_every_cell_in_order_and_needs_nothing_else(tmp_path: Pat
 
 
 def test_a_folder_without_results_and_a_file_of_another_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no summary"):
+    with pytest.raises(InputError, match="holds no summary; give folders that `mendlm eval` or `compare` has written"):
         find([tmp_path])
     with pytest.raises(FormatError, match="not a summary of the format mendlm-summary-1"):
         find([put(tmp_path / "a", {"format": "other"})])

@@ -139,6 +139,10 @@ class TrainConfig:
         if self.batch_size % self.num_edits:
             raise InputError(f"batch_size {self.batch_size} must be a multiple of num_edits {self.num_edits}")
 
+    def at_a_time(self, most: int) -> int:
+        """Requests in memory at a time, of so many at most."""
+        return min(most, self.micro_batch_size or most)
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -292,7 +296,7 @@ def descend(
     """
     optimizer.zero_grad()  # before the passes: the last step's gradients need not live beside them
     sums: dict[str, Tensor] = {}
-    for some in portions(drawn, config.micro_batch_size or len(drawn), config.num_edits):
+    for some in portions(drawn, config.at_a_time(len(drawn)), config.num_edits):
         loss, found = outer_loss(method, model, formatter, trunk, some, config)
         (loss / count).backward()
         del loss  # and with it the gradients that it carries, before the next pass
@@ -405,10 +409,6 @@ class Trainer:
         """This process's share of a step's requests; those that are edited at once, k together, stay together."""
         return [d for i, d in enumerate(drawn) if self.sharded or processes.mine(i // k)]
 
-    def _at_a_time(self, most: int) -> int:
-        """Requests in memory at a time, of so many at most."""
-        return min(most, self.config.micro_batch_size or most)
-
     def _mean(self, sums: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """The mean over so many requests of all processes."""
         values = torch.stack([value.detach().double() for value in sums.values()]) / (count * self.copies)
@@ -423,7 +423,7 @@ class Trainer:
         """The first pass over training requests, which fixes the editor's statistics."""
         examples = [e for s in range(-(-self.config.normalizer_examples // self.config.batch_size)) for e in self.batch(s)]
         drawn = self._drawn(examples[: self.config.normalizer_examples], "normalizer")
-        most = self._at_a_time(self.config.batch_size)
+        most = self.config.at_a_time(self.config.batch_size)
         if not processes.is_main() and not self.sharded:  # what was seen before is counted once
             for statistics in self.method.buffers():
                 statistics.zero_()
@@ -466,7 +466,7 @@ class Trainer:
         whole, k = len(drawn) - len(drawn) % self.config.num_edits, self.config.num_edits
         mine = self._mine(drawn[:whole], k)
         whole_step = self.config.batch_size * self.copies // processes.count()
-        for some in portions(mine, self._at_a_time(whole_step), k):
+        for some in portions(mine, self.config.at_a_time(whole_step), k):
             _, sums = outer_loss(self.method, self.model, self.formatter, self.trunk, some, self.config)
             total = {name: total.get(name, 0.0) + value.double() for name, value in sums.items()}
         return {f"valid_{name}": value.item() for name, value in self._mean(total, whole).items()}
