@@ -329,9 +329,10 @@ class Driver:
         for variant, editors in groups.items():
             methods = part.learned[:1] if variant else (*part.learned, *part.untrained)
             compare(variant, methods, () if variant else placed(part.untrained), *editors)
+        self.publish(name, list(groups))
         if part.rate:
             compare(RATE, TUNED, [*placed(TUNED), *(f"{method}.rate={part.rate}" for method in TUNED)])
-        self.publish(name, [*groups, *[RATE] * bool(part.rate)])
+            self.publish(name, [*groups, RATE])
 
     def logs(self, name: str) -> dict[str, dict[str, list[float]]]:
         """Run -> what its training logged, step by step."""

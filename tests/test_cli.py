@@ -17,10 +17,12 @@ import torch
 
 from cases import byte_tokenizer, other, tiny
 from mendlm.apply import Edit, applied
+from mendlm.checkpoint import load_editor
 from mendlm.cli import main
 from mendlm.cli.learning import rank_for
 from mendlm.files import sha256
 from mendlm.layers import default_layers, select
+from mendlm.methods.enn import Enn
 from mendlm.methods.malmen import Malmen, MalmenConfig
 from mendlm.models import load
 from mendlm.tensors import read_tensors
@@ -185,6 +187,20 @@ def test_enn_is_trained_and_scored_and_its_edits_hold_what_it_changed_of_the_bas
     said = run("generate", "--model", "model", *both, "--prompt", "Who is Ana?", fails=True)
     assert "change of the base, which must not be made twice" in said
     run("generate", "--model", "model", *both[:2], "--prompt", "Who is Ana?")
+    change, one = Edit.load(tmp_path / "enn" / "changed_base"), Edit.load(tmp_path / "one")
+    assert (one.about["changed_base"], one.about["base"]) == (change.id, change.about["base"])
+    assert all(torch.equal(change.updates[name].dense(), own) for name, own in learned_changes(tmp_path / "enn").items())
+    run("export", tmp_path / "enn" / "changed_base", "--to", "merged", "--model", "model", "--out", tmp_path / "base")
+    base, changed = (dict(load(folder, dtype="float32")[0].named_parameters()) for folder in ("model", tmp_path / "base"))
+    for name, own in learned_changes(tmp_path / "enn").items():
+        torch.testing.assert_close(changed[f"{name}.weight"], base[f"{name}.weight"] + own)
+
+
+def learned_changes(folder: Path) -> dict[str, torch.Tensor]:
+    """An ENN's changes of the base as its editor's file has them, by layer."""
+    method, _ = load_editor(folder)
+    assert isinstance(method, Enn)
+    return {spec.name: change.detach() for spec, change in zip(method.specs, method.changes, strict=True)}
 
 
 def test_scale(run: Command, tmp_path: Path) -> None:

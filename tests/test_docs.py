@@ -13,8 +13,12 @@ import pytest
 from typer.main import get_command
 
 from cases import byte_tokenizer, tiny
+from mendlm.checkpoint import parse_config
 from mendlm.cli import app, main
+from mendlm.cli.common import read_settings
+from mendlm.methods.network import NetworkConfig
 from mendlm.tasks import load_edits
+from mendlm.training import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/quickstart.md", "docs/methods.md", "docs/models.md", "docs/baseline.md", "docs/extending.md")
@@ -60,6 +64,19 @@ def test_commands_that_no_test_can_run_are_there_with_their_options() -> None:
             click.commands[arguments[0]].make_context(arguments[0], arguments[1:])  # an unknown option raises
             parsed += 1
     assert parsed >= 4
+
+
+@pytest.mark.parametrize(
+    "recipe", ["docs/methods.md", *sorted(f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml"))]
+)
+def test_the_settings_shown_are_settings(recipe: str, tmp_path: Path) -> None:
+    texts = blocks(recipe, "toml") if recipe.endswith(".md") else [(ROOT / recipe).read_text()]
+    for text in texts:
+        (tmp_path / "recipe.toml").write_text(text)
+        editor, training = read_settings(tmp_path / "recipe.toml", [])
+        parse_config(NetworkConfig, editor)
+        assert training
+        parse_config(TrainConfig, training)
 
 
 @pytest.mark.slow

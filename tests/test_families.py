@@ -1,6 +1,7 @@
 """Every architecture in the table of default layers has every property of an edit, by MLP and by attention matrices."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -189,8 +190,10 @@ def test_batched_greedy_answers_under_edits_are_those_of_a_full_forward_a_token(
 
 def test_experts_are_refused_with_the_reason():
     model = cases.mixture()
-    with pytest.raises(LayerError, match=r"'mixtral'.*3-d parameters, not layers.*layers\.0\.mlp\.experts\."):
+    with pytest.raises(LayerError, match=r"'mixtral'.*3-d parameters, not layers.*layers\.0\.mlp\.experts\.") as refused:
         default_layers(model)
+    (pattern,) = re.findall(r"layers=\['(.*?)'\]", str(refused.value))
+    assert len(select(model, [pattern])) == 2
     with pytest.raises(LayerError, match=r"'mlp\.experts\.\*' matches no editable layer.*3-d parameters, not layers"):
         select(model, ["mlp.experts.*"])
     assert len(select(model, ["self_attn.q_proj"])) == 2

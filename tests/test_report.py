@@ -184,3 +184,21 @@ def test_a_bar_in_a_name_does_not_break_the_table() -> None:
     line = table([cell(data="zsre:a|b.json")]).splitlines()[2]
     assert line.startswith("| zsre:a\\|b.json | mend |")
     assert "| 1,200 | 3 | 0.000 → 0.800" in line
+
+
+def test_edits_made_in_turn_show_what_became_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("mendlm.report._png", lambda figure: drawn.append(figure) or b"")
+    made, left = {**INTERVAL, "after": 0.95}, {**INTERVAL, "after": 0.4}
+    turns = [
+        cell(num_edits=count, sequential=True, success_when_made=made, success_of_earlier=left, success_of_later=INTERVAL)
+        for count in (5, 25)
+    ]
+    head, _, *lines = table([cell(), *turns]).splitlines()
+    assert "| locality | success when made | of the earlier half |" in head
+    assert "| - | - | +0.0100 |" in lines[0]
+    assert all("| 0.000 → 0.950 (0.700 to 0.900) | 0.000 → 0.400 (0.700 to 0.900) |" in line for line in lines[1:])
+    assert "when made" not in table([cell()])
+    pictures = dict(zip(dict(draw(turns)), drawn, strict=True))
+    lines = {line.get_label(): list(line.get_ydata()) for line in pictures["over-edits-1"].axes[0].lines}
+    assert lines["mend, when made"] == [0.95, 0.95]

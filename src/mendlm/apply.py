@@ -26,7 +26,7 @@ from mendlm.lowrank import LowRank, concatenate, stack, total
 from mendlm.models import device_of, identity
 
 CHANGED_BASE = "changed_base"
-"""What an edit's `about` says if its rows hold its method's change of the base, too."""
+"""What an edit's `about` has if its rows hold its method's change of the base, too: the `Edit.id` of that change."""
 FEW = 4
 """Up to so many edits, each row of a batch meets the rows of all and keeps its own: cheaper than a copy of them for each."""
 
@@ -157,6 +157,11 @@ class Edit:
             edit.require_base(model)
         return edit.to(device_of(model))
 
+    @property
+    def id(self) -> str:
+        """A short name of the edit's content, as its folder has it: the same rows have the same."""
+        return adapter.fingerprint(self.updates)
+
     def to_bytes(self) -> bytes:
         """The exact rows and `about` as the content of one safetensors file, as a store keeps them."""
         return adapter.to_bytes(self.updates, self.transposed, self.about)
@@ -181,15 +186,15 @@ def stacked(edits: Sequence[Edit]) -> Edit:
 
     Raises `InputError` if more than one holds its method's change of the base.
     """
-    changed = sum(bool(edit.about.get(CHANGED_BASE)) for edit in edits)
-    if changed > 1:
+    changes = [edit.about[CHANGED_BASE] for edit in edits if edit.about.get(CHANGED_BASE)]
+    if len(changes) > 1:
         raise InputError(
-            f"{changed} edits hold their method's change of the base, which must not be made twice; use one of them"
+            f"{len(changes)} edits hold their method's change of the base, which must not be made twice; use one of them"
         )
     names = dict.fromkeys(name for edit in edits for name in edit.updates)
     updates = {name: total([edit.updates[name] for edit in edits if name in edit.updates]) for name in names}
     transposed = frozenset[str]().union(*(edit.transposed for edit in edits))
-    return Edit(updates, transposed, {CHANGED_BASE: True} if changed else {})
+    return Edit(updates, transposed, {CHANGED_BASE: changes[0]} if changes else {})
 
 
 def side_by_side(edits: Sequence[Edit]) -> Edit:

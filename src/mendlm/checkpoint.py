@@ -4,6 +4,7 @@
     editor.safetensors      the editor (the best by validation, where there is one)
     checkpoint.safetensors  the latest training state: editor, optimiser and progress in one file
     metrics.jsonl           a line a step
+    changed_base/           of a method that changes the base itself, such as ENN: that change as an edit, once trained
 
 safetensors and JSON only. Every file is written whole or not at all.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import pydantic
 import torch
 from torch import Tensor
 
+from mendlm.apply import CHANGED_BASE
 from mendlm.errors import FormatError, InputError
 from mendlm.files import plain, read_json, refuse_existing, storing, write_bytes, write_json
 from mendlm.layers import LayerSpec
@@ -183,6 +185,13 @@ class Run:
     def save_editor(self, method: Learned, about: Mapping[str, Any]) -> None:
         """Write editor.safetensors."""
         save_editor(self.folder / "editor.safetensors", method, {**self.description, **about})
+
+    def save_changed_base(self) -> None:
+        """Write what the saved editor's method has changed of the base, if anything, as an edit's folder."""
+        method, about = load_editor(self.folder)
+        if (change := method.changed_base()) is not None:
+            about = {"method": method.name, "base": about["base"], "step": about["step"], CHANGED_BASE: change.id}
+            replace(change.detach(), about=about).save(self.folder / CHANGED_BASE, force=True)
 
     def save_checkpoint(self, method: Learned, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Write checkpoint.safetensors: everything that a resumed run needs, in one file."""

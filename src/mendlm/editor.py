@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mendlm.apply import Edit
+from mendlm.apply import CHANGED_BASE, Edit
 from mendlm.checkpoint import editor_path, load_editor
 from mendlm.errors import FormatError
 from mendlm.files import sha256
@@ -88,11 +88,12 @@ class Editor:
         examples, texts = self._encode(requests, chat, target_end)
         edits: list[Edit | None] = [None] * len(examples)
         change = self.method.changed_base()
+        base = {} if change is None else {CHANGED_BASE: change.id}
         for group in by_length([len(text) for text in texts], limit=batch_size):
             batch = self.method.edits(self.model, self.formatter.batch([texts[i] for i in group])) * scale
             for index, own in zip(group, batch.require_finite().unbind(), strict=True):
                 whole = own if change is None else change.detach() + own
-                edits[index] = replace(whole, about={**self._about(examples[index], scale, chat), **whole.about})
+                edits[index] = replace(whole, about={**self._about(examples[index], scale, chat), **base})
         return [edit for edit in edits if edit is not None]
 
     @torch.no_grad()

@@ -254,14 +254,15 @@ def default_layers(model: nn.Module, blocks: range | None = None) -> list[LayerS
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", "?")
+    available, stacks = _available(model), block_stacks(model)
     if model_type not in MLP_MATRICES:
+        last = [*available][-1]
+        stack, index = block_of(last, list(stacks))
         raise LayerError(
-            f"no default layers are known for model type '{model_type}' (known: {', '.join(sorted(MLP_MATRICES))}); "
-            "choose layers by pattern, for example layers=['*.mlp.*']; `mendlm inspect` lists what can be edited"
-            f"{_about_others(model)}"
+            f"no default layers are known for model type '{model_type}' (known: {', '.join(sorted(MLP_MATRICES))}); choose "
+            f"layers by pattern, for example layers=['*{last.removeprefix(f'{stack}.{index}')}']; `mendlm inspect` lists what "
+            f"can be edited{_about_others(model)}"
         )
-    _available(model)
-    stacks = block_stacks(model)
     if blocks is not None:
         for stack, held in stacks.items():
             if not blocks or blocks[-1] >= len(held):

@@ -74,6 +74,8 @@ class Cell:
     drawdown_ppl_interval: tuple[float | None, float | None] = (None, None)
     edit_memory_mb: float | None = None
     data_notes: tuple[str, ...] = ()
+    success_when_made: Value | None = None
+    success_of_earlier: Value | None = None
 
 
 FAR = 10.0
@@ -87,6 +89,8 @@ COLUMNS = {
     "locality": "locality",
 }
 """Keys of a summary that hold a value with an interval -> what a table calls them."""
+IN_TURN = {"success_when_made": "success when made", "success_of_earlier": "of the earlier half"}
+"""The same of edits made one after another: right after each, and of those made first, after all."""
 
 
 def find(places: Sequence[Path]) -> list[dict[str, Any]]:
@@ -155,7 +159,8 @@ def write(cells: Sequence[dict[str, Any]], out: Path) -> list[Path]:
 def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     """The table's rows, the head first: the same cells whether they go into Markdown or a page."""
     last = ("drawdown, acc", "perplexity", "ms an edit")
-    yield ["data", "method", "edits at once", "edits", "given already", *COLUMNS.values(), *last]
+    columns = COLUMNS | (IN_TURN if any(name in cell for cell in cells for name in IN_TURN) else {})
+    yield ["data", "method", "edits at once", "edits", "given already", *columns.values(), *last]
     for cell in cells:
         chat = ", chat" if cell["chat"] else ""
         ppl, acc, time = cell["perplexity"], cell["drawdown_acc"], cell["edit_ms"]["p50"]
@@ -166,7 +171,7 @@ def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
             f"{cell['num_edits']}{', in turn' if cell['sequential'] else ''}",
             f"{cell['count']:,}",
             f"{cell['already_given']:,}",
-            *(value(cell[name]) for name in COLUMNS),
+            *(value(cell[name]) if name in cell else "-" for name in columns),
             f"{acc:+.4f}" if acc is not None else "-",
             change,
             "-" if time is None else f"{time:.0f}" if time >= 0.5 else "< 1",
@@ -244,6 +249,11 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
                     bars = [[_bars(c[key])[side][0] for c in shown] for side in (0, 1)]
                     axis.errorbar(counts, values, yerr=bars, marker="o", capsize=3, label=method)
                     axis.set(title=key, ylim=(-0.03, 1.05))
+                made = [(c["num_edits"], c["success_when_made"]["after"]) for c in line if "success_when_made" in c]
+                if made:
+                    axes[0].plot(
+                        *zip(*made, strict=True), ls=":", color=axes[0].lines[-1].get_color(), label=f"{method}, when made"
+                    )
                 lost = [(c, _rise(c) if prose else _loss(c)) for c in line]
                 found = [(c, value) for c, value in lost if value is not None]
                 spread = [_across(c, "perplexity" if prose else "accuracy", value) for c, value in found]

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from mendlm import processes
 from mendlm.apply import Edit, join
-from mendlm.checkpoint import Run
+from mendlm.checkpoint import Run, editor_path
 from mendlm.errors import InputError, NumericalError, StorageError, require
 from mendlm.files import locked, plain, storing
 from mendlm.losses import all_by_row, token_kl, token_nll
@@ -653,6 +653,8 @@ def train(
             if processes.some(should_stop()):
                 trainer.save()
                 break
+        if main and method.changed_base() is not None and editor_path(run.folder).is_file():
+            run.save_changed_base()
     for tracker in trainer.accelerator.trackers:  # not `end_training`, which also parts the processes
         tracker.finish()
     processes.wait()

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mendlm.apply import CHANGED_BASE, Edit, applied
+from mendlm.apply import Edit, applied
 from mendlm.errors import InputError
 from mendlm.layers import LayerSpec
 from mendlm.lowrank import LowRank
@@ -63,7 +63,7 @@ class Enn(Learned):
     def changed_base(self) -> Edit:
         """`C`, as a dense edit of the user's base."""
         changes = {spec.name: LowRank.from_dense(c) for spec, c in zip(self.specs, self.changes, strict=True)}
-        return Edit(changes, transposed(self.specs), {CHANGED_BASE: True})
+        return Edit(changes, transposed(self.specs))
 
     def parts(self, model: Any, batch: Batch) -> Edit:
         """One step of gradient descent on the changed base, for each example; to be used on top of it."""
