@@ -165,6 +165,17 @@ def test_edit_of_a_file_is_one_folder_a_record(run: Command, tmp_path: Path) -> 
         torch.testing.assert_close(batched.updates[name].dense(), update.dense(), rtol=1e-3, atol=1e-6)
 
 
+def test_edit_of_a_file_together_is_one_folder(run: Command, tmp_path: Path) -> None:
+    made = run("edit", *ON, "--data", "records:facts.jsonl", "--together", "--out", tmp_path / "all")
+    assert (made["count"], made["edits"]) == (1, [str(tmp_path / "all")])
+    whole = Edit.load(tmp_path / "all")
+    assert len(whole.about["parts"]) == 3
+    run("generate", *ON[:2], "--edit", tmp_path / "all", "--prompt", "Who is Ana?")
+    run("store", tmp_path / "store", "add", tmp_path / "all")
+    said = run("edit", *ON, "--prompt", "a", "--target", "b", "--together", "--out", tmp_path / "b", fails=True)
+    assert "--together makes one edit of many requests" in said
+
+
 @pytest.mark.parametrize("method", ["ft", "ft-kl", "ft-strong", "lora"])
 def test_edit_by_a_method_that_needs_no_training(run: Command, tmp_path: Path, method: str) -> None:
     asked = ("--prompt", "Who is Ana?", "--target", "a baker", "--out", tmp_path / "one", "--set", "steps=2")

@@ -399,9 +399,12 @@ def test_the_scale_multiplies_every_edit() -> None:
 
 
 def test_chunks_and_batches_do_not_matter() -> None:
-    one, other = (run(trained("llama"), config=replace(CONFIG, batch_size=size), locality=[ASKING]) for size in (1, 32))
+    data = replace(DATA, examples=(replace(EXAMPLES[0], target="a baker of the old town"), *EXAMPLES[1:]))
+    many, alone = replace(CONFIG, context="So", batch_size=32), replace(CONFIG, context="So", batch_size=1)
+    one, other = (run(trained("llama"), config=config, data=data, locality=[ASKING]) for config in (many, alone))
+    of_words = [f"{name}_{how}" for name in ("success", "generality", "context") for how in ("generated", "contained", "text")]
     for mine, its in zip(one.rows, other.rows, strict=True):
-        for key in ("success", "generality", "success_generated", "generality_generated"):
+        for key in ("success", "generality", *of_words):
             assert mine[key] == its[key]
         assert [p["kept"] for p in mine["locality"]] == [p["kept"] for p in its["locality"]]
 

@@ -8,6 +8,7 @@ import gc
 import itertools
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -223,7 +224,9 @@ def test_ft_kl_is_the_loop_on_real_weights_with_one_unrelated_text_a_step(case: 
     others = [oracles.alone(requests(model, batch=2, rng=torch.Generator().manual_seed(9)), i) for i in range(2)]
     batch, by_sgd = requests(model, batch=2), functools.partial(torch.optim.SGD, lr=1e-2)
     config = FineTuneKLConfig(rate=1e-2, steps=3, optimizer="sgd", edit_weight=0.5, kl_weight=2.0)
-    edit = FineTune(specs, config, others).edit(model, batch)
+    method = FineTune(specs, config, others)
+    method.edit(model, batch)  # what was edited before does not matter
+    edit = method.edit(model, batch)
     for i in range(2):
         one = oracles.alone(batch, i)
         expected, done = oracles.fine_tune(model, specs, one, by_sgd, 3, others=others, weights_of_losses=(0.5, 2.0))
@@ -276,6 +279,35 @@ def test_an_enn_edit_of_an_editor_works_on_the_base_as_it_was() -> None:
             assert not torch.allclose(scored_logits(model, batch), expected)
     with pytest.raises(InputError, match="must not be made twice"):
         stacked([edit, edit])
+
+
+@pytest.mark.parametrize("name", ["mend", "malmen", "enn"])
+def test_requests_edited_together_are_one_edit_as_the_method_merges_them(name: str) -> None:
+    model = model_of("llama")
+    method, form = learned(name, model), Formatter.of(model, byte_tokenizer())
+    asked = [("Who is Ana?", "a baker"), ("Bo lives in", "Ulm"), ("Who is Cy of the old town?", "a cook")]
+    editor = Editor(method, model, byte_tokenizer(), {"sha256": "abc"})
+    texts = [form.encode(prompt, target, end=prompt.endswith("?")) for prompt, target in asked]
+    parts = method.parts(model, form.batch(texts))
+    (expected,) = method.combine(parts, 3).detach().unbind()
+    for batch_size in (1, 32):
+        made = editor.edit_together(asked, scale=0.5, batch_size=batch_size)
+        for layer, update in made.updates.items():
+            change = 0 if (base := method.changed_base()) is None else base.updates[layer].dense()
+            assert_close(update.dense(), change + 0.5 * expected.updates[layer].dense(), rtol=1e-4, atol=1e-7)
+    assert [part["request"]["target"] for part in made.about["parts"]] == ["a baker", "Ulm", "a cook"]
+    assert "request" not in made.about
+    assert made.about["editor"] == {"sha256": "abc"}
+
+
+def test_statistics_that_follow_along_are_for_edits_made_one_by_one() -> None:
+    model = model_of("llama")
+    method = learned("mend", model)
+    method.config = replace(method.config, normalizer_follows=True)
+    editor = Editor(method, model, byte_tokenizer())
+    editor.edit("Who is Ana?", "a baker")
+    with pytest.raises(InputError, match="one after another, and 2 were asked for together"):
+        editor.edit_many([("Who is Ana?", "a baker"), ("Who is Bo?", "a cook")])
 
 
 def test_the_methods_names_are_those_of_the_registry() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,24 @@ def test_a_file_changed_in_place_has_another_identity(tmp_path: Path) -> None:
     other = transformers.GPT2LMHeadModel(tiny("gpt2").config)
     other.save_pretrained(folder)
     assert identity(load(folder)[0]) != before
+
+
+def test_what_is_remembered_of_a_model_is_of_its_own_files(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name in ("a", "b"):
+        made = tiny("gpt2") if name == "a" else transformers.GPT2LMHeadModel(tiny("gpt2").config)
+        made.save_pretrained(tmp_path / name / "model")
+        byte_tokenizer().save_pretrained(tmp_path / name / "model")
+        os.utime(tmp_path / name / "model" / "model.safetensors", (1e9, 1e9))
+        monkeypatch.chdir(tmp_path / name)
+        found.append(identity(load("model")[0]))
+    assert found[0] != found[1]
+    for damage in ("{}", "", "[]"):
+        for path in (cache / "identities").iterdir():
+            path.write_text(damage)
+        assert identity(load("model")[0]) == found[1]
 
 
 def fake_wheel(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

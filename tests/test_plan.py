@@ -21,7 +21,7 @@ from mendlm.layers import default_layers, select
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import fake_model, skeleton, weight_bytes
 from mendlm.plan import Lengths, Storages, formatter_of, plans, step, texts
-from mendlm.tasks import load_edits
+from mendlm.tasks import load_edits, load_unrelated
 from mendlm.text import Formatter
 from mendlm.training import TrainConfig, states_bytes
 
@@ -184,6 +184,19 @@ def test_the_disk_that_a_trunk_cache_takes_is_each_text_once(place: Path) -> Non
     twice = [load_edits("records:facts.jsonl")] * 2
     assert states_bytes(tiny("llama"), formatter, twice) == tokens * 16 * 4
     assert states_bytes(tiny("llama"), formatter, twice, most=1) == tokens * 16 * 4 / 2
+
+
+def test_a_long_unrelated_text_takes_disk_for_each_cut_of_it(place: Path) -> None:
+    formatter = Formatter.of(tiny("llama"), byte_tokenizer())
+    (place / "text.txt").write_text("the river runs through the old city and on " * 9)
+    source = load_unrelated("text:text.txt")
+    tokens = 0
+    for probe in source.probes:
+        text = formatter.encode(probe.prompt, probe.answer)
+        ends = range(len(text.prompt) + min(5, len(text.target)), len(text) + 1)
+        tokens += sum(ends)
+    assert len(ends) > 1
+    assert states_bytes(tiny("llama"), formatter, [source], locality_tokens=5) == tokens * 16 * 4
 
 
 def test_cards_keep_a_tenth_free() -> None:

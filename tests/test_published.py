@@ -163,6 +163,7 @@ def test_wikitext_as_released() -> None:
     ("passage", "completion", "prompt", "target"),
     [
         ("The old town of", "The old town of Mossby by", "The old town of", " Mossby by"),
+        ("The old town of Rome by", "The old town of Rome and", "The old town of Rome", " and"),
         ("The old town of", "Mossby by", "The old town of", "Mossby by"),
         ("The old town of Rome and", "The old town of Mossby by", "The old town of", " Mossby by"),
         ("The old town of light", "The old town of lighthouses and", "The old town of", " lighthouses and"),
@@ -175,6 +176,15 @@ def test_what_a_completion_adds_to_its_passage(passage: str, completion: str, pr
     path.write_text(json.dumps({"n_tokens": 2, "original": [passage], "completions": [completion]}))
     (example,) = WikiText().load(path).examples
     assert (example.prompt, example.target) == (prompt, target)
+
+
+@pytest.mark.parametrize("passage", ["The town of Rome and its long walls", "The town of Rome and its deep river"])
+def test_a_sample_that_begins_as_its_passage_goes_on_keeps_its_beginning(passage: str, tmp_path: Path) -> None:
+    path = tmp_path / "set.json"
+    completion = "The town of Rome and its long river"
+    path.write_text(json.dumps({"n_tokens": 6, "original": [passage], "completions": [completion]}))
+    (example,) = WikiText().load(path).examples
+    assert (example.prompt, example.target) == ("The town of Rome and", " its long river")
 
 
 def test_counterfact_as_published() -> None:
@@ -289,6 +299,8 @@ def test_a_malformed_record_names_file_line_and_field(
         ({"original": ["a b", "a b"], "completions": ["c", ""]}, 2, "completions"),
         ({"original": ["a b", "a b"], "completions": ["c", "a b"]}, 2, "completions"),
         ({"original": ["a b", "a b"], "completions": ["c", "a b "]}, 2, "completions"),
+        ({"n_tokens": 2, "original": ["a b"], "completions": ["c d e"]}, 1, "completions"),
+        ({"n_tokens": 0, "original": ["a b"], "completions": ["c d"]}, None, "n_tokens"),
     ],
 )
 def test_a_malformed_wikitext_file(content: Any, line: int | None, field: str | None, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +22,7 @@ import oracles
 from cases import byte_tokenizer, tiny
 from mendlm import training
 from mendlm.checkpoint import Run, load_editor
-from mendlm.errors import FormatError, InputError, MissingPackageError, NumericalError
+from mendlm.errors import FormatError, InputError, MissingPackageError, NumericalError, StorageError
 from mendlm.layers import default_layers
 from mendlm.lowrank import LowRank
 from mendlm.methods.mend import Mend, MendConfig
@@ -483,10 +485,46 @@ def test_another_resume_or_an_existing_folder_is_refused(tmp_path: Path) -> None
             new_method(normalize=False), tiny("llama"), byte_tokenizer(), DATA, replace(SMALL, steps=2), tmp_path / "run",
             locality=[ELSEWHERE], resume=True,
         )  # fmt: skip
+    another = transformers.LlamaForCausalLM(tiny("llama").config)
+    with pytest.raises(InputError, match=r"was trained on another base model .*resume with that model"):
+        train(
+            new_method(), another, byte_tokenizer(), DATA, replace(SMALL, steps=2), tmp_path / "run",
+            locality=[ELSEWHERE], resume=True,
+        )  # fmt: skip
+    for name, content in {"run.json": "[]", "metrics.jsonl": "x\n"}.items():
+        whole = (tmp_path / "run" / name).read_bytes()
+        (tmp_path / "run" / name).write_text(content)
+        with pytest.raises(FormatError, match=f"{re.escape(name)} is damaged"):
+            go(tmp_path / "run", replace(SMALL, steps=2), resume=True)
+        (tmp_path / "run" / name).write_bytes(whole)
     path = tmp_path / "run" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(FormatError, match="checkpoint"):
         go(tmp_path / "run", replace(SMALL, steps=2), resume=True)
+
+
+def test_a_resumed_run_says_that_its_base_was_loaded_in_another_dtype(tmp_path: Path) -> None:
+    go(tmp_path / "run", replace(SMALL, steps=2))
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps({**(stored := json.loads(path.read_text())), "base": {**stored["base"], "dtype": "float16"}}))
+    go(tmp_path / "run", replace(SMALL, steps=3), resume=True)
+    resumed = json.loads(path.read_text())["resumed"]
+    assert [one["changed"] for one in resumed] == [{"dtype": ["float16", "float32"]}, {"steps": [2, 3]}]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_checkpoint", full)
+        with pytest.raises(StorageError):
+            go(tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").exists()
+    (tmp_path / "run" / ".checkpoint.safetensors.0123456789ab").write_bytes(b"half")  # as a kill leaves it
+    go(tmp_path / "run")
+    go(tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_changed_settings_of_a_resumed_run_are_written_down(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mendlm.apply import CHANGED_BASE
 from mendlm.errors import FormatError, InputError
-from mendlm.files import plain, read_json, refuse_existing, storing, write_bytes, write_json
+from mendlm.files import LOCK, plain, read_json, refuse_existing, storing, write_bytes, write_json
 from mendlm.layers import LayerSpec
 from mendlm.methods import LEARNED, method_types
 from mendlm.methods.base import Learned
@@ -113,7 +113,9 @@ class Run:
         self.folder = folder
 
     def require_new(self) -> None:
-        """Raise `InputError` if the folder already holds something."""
+        """Raise `InputError` if the folder already holds something; a run that ended before its first checkpoint is nothing."""
+        if self.folder.is_dir() and {found.name for found in self.folder.iterdir()} <= {"run.json", LOCK}:
+            return
         refuse_existing(self.folder, force=False, instead="name another; a training that it holds goes on by --resume")
 
     def create(self, description: Mapping[str, Any]) -> None:
@@ -127,26 +129,35 @@ class Run:
     def description(self) -> dict[str, Any]:
         """What `create` wrote."""
         content = read_json(self.folder / "run.json")
-        assert isinstance(content, dict)
+        if not isinstance(content, dict) or not {"method", "base", "training", "editor"} <= content.keys():
+            raise FormatError(f"{self.folder / 'run.json'} is damaged: it does not describe a training; restore it from a copy")
         return content
 
     def continue_with(self, wanted: Mapping[str, Any]) -> None:
         """Check that a resumed run has the editor and data that it was started with; raises `InputError` if not.
 
-        Training settings other than the optimizer may differ; the description then says from which step on.
+        Training settings other than the optimizer may differ, as may the form in which the base is loaded; the description then
+        says from which step on.
         """
         if not (self.folder / "checkpoint.safetensors").is_file():
             raise InputError(f"{self.folder} holds no checkpoint to resume; start a run in a new folder, without --resume")
         stored = self.description
         for key, value in plain(wanted).items():
-            if key == "training":
-                changed = {name: [stored[key].get(name), new] for name, new in value.items() if stored[key].get(name) != new}
-                before, now = stored[key].get("optimizer", "adam"), value["optimizer"]
-                if before != now:
+            if key == "base" and stored[key]["sha256"] != value["sha256"]:
+                raise InputError(
+                    f"{self.folder} was trained on another base model ({stored[key].get('name')}, sha256 "
+                    f"{stored[key]['sha256'][:12]}...), not on this one ({value['sha256'][:12]}...); resume with that model"
+                )
+            if key in ("base", "training"):
+                names = ("dtype", "quantization") if key == "base" else value
+                before, now = stored[key].get("optimizer", "adam"), value.get("optimizer")
+                if key == "training" and before != now:
                     raise InputError(
                         f"{self.folder} was trained with the optimizer '{before}', whose state '{now}' cannot take on; resume "
                         "with the same, or train its editor further in another folder (--from)"
                     )
+                pairs = {name: [stored[key].get(name), value.get(name)] for name in names}
+                changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
                 if changed:
                     change = {"step": self.last_metrics()["step"], "changed": changed}
                     stored |= {key: value, "resumed": [*stored.get("resumed", []), change]}
@@ -167,20 +178,25 @@ class Run:
 
     def cut_log(self, step: int) -> None:
         """Drop lines after a step: they will be made again."""
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
-        write_bytes(self.folder / "metrics.jsonl", b"".join(kept))
+        kept = [row for row in self._rows() if row["step"] <= step]
+        write_bytes(self.folder / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in kept).encode())
 
     def last_metrics(self) -> dict[str, float]:
         """The last line of metrics.jsonl; step 0 before there is one."""
-        lines = self._lines()
-        content = json.loads(lines[-1]) if lines else {"step": 0}
-        assert isinstance(content, dict)
-        return content
+        rows = self._rows()
+        return rows[-1] if rows else {"step": 0}
 
-    def _lines(self) -> list[bytes]:
+    def _rows(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl; one that a full disk or a power cut left half-written is none."""
         path = self.folder / "metrics.jsonl"
-        return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        try:
+            rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+            if all("step" in row for row in rows):
+                return rows
+        except (ValueError, TypeError):
+            pass
+        raise FormatError(f"{path} is damaged: a line of it is no step of a training; restore it, or take the line out")
 
     def save_editor(self, method: Learned, about: Mapping[str, Any]) -> None:
         """Write editor.safetensors."""

@@ -13,11 +13,11 @@ import torch
 
 from mendlm.apply import CHANGED_BASE, Edit
 from mendlm.checkpoint import editor_path, load_editor
-from mendlm.errors import FormatError
+from mendlm.errors import FormatError, InputError
 from mendlm.files import sha256
 from mendlm.losses import all_by_row
-from mendlm.methods.base import Learned, Method
-from mendlm.models import STARTER, base_of, identity
+from mendlm.methods.base import Learned, Method, edits_of
+from mendlm.models import STARTER, base_of, identity, starter_folder
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
 from mendlm.text import Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -84,17 +84,50 @@ class Editor:
         target_end: TargetEnd = "auto",
         batch_size: int = 32,
     ) -> list[Edit]:
-        """Independent edits, one a request, made in batches: requests are `EditExample`s or (prompt, target) pairs."""
+        """Independent edits, one a request, made in batches: requests are `EditExample`s or (prompt, target) pairs.
+
+        Raises `InputError` for several by a method whose statistics follow along, in which edits depend on those before.
+        """
+        if len(requests) > 1 and getattr(getattr(self.method, "config", None), "normalizer_follows", False):
+            raise InputError(
+                f"normalizer_follows is for edits made one after another, and {len(requests)} were asked for together; "
+                "leave it out, or make them one by one"
+            )
         examples, texts = self._encode(requests, chat, target_end)
         edits: list[Edit | None] = [None] * len(examples)
-        change = self.method.changed_base()
-        base = {} if change is None else {CHANGED_BASE: change.id}
         for group in by_length([len(text) for text in texts], limit=batch_size):
             batch = self.method.edits(self.model, self.formatter.batch([texts[i] for i in group])) * scale
             for index, own in zip(group, batch.require_finite().unbind(), strict=True):
-                whole = own if change is None else change.detach() + own
-                edits[index] = replace(whole, about={**self._about(examples[index], scale, chat), **base})
+                edits[index] = self._on_base(own, self._about(examples[index], scale, chat))
         return [edit for edit in edits if edit is not None]
+
+    def edit_together(
+        self,
+        requests: Sequence[EditExample | tuple[str, str]],
+        *,
+        scale: float = 1.0,
+        chat: bool = False,
+        target_end: TargetEnd = "auto",
+        batch_size: int = 32,
+    ) -> Edit:
+        """One edit that makes all of the requests at once, as the method merges them: MALMEN by least squares, others by their
+        sum. The method should be trained at about as many (`num_edits`); raises as `edit`.
+        """
+        if not requests:
+            raise InputError("no requests were given; give one at least")
+        examples, texts = self._encode(requests, chat, target_end)
+        made = edits_of(self.method, self.model, self.formatter, texts, len(texts), batch_size) * scale
+        (own,) = made.require_finite().fewest().unbind()
+        abouts = [self._about(example, scale, chat) for example in examples]
+        parts = [{"request": about.pop("request")} for about in abouts]
+        return self._on_base(own, {**abouts[0], "parts": parts})
+
+    def _on_base(self, own: Edit, about: Mapping[str, Any]) -> Edit:
+        """An edit with what is said about it, and with what the method has changed of the base."""
+        change = self.method.changed_base()
+        if change is None:
+            return replace(own, about=about)
+        return replace(change.detach() + own, about={**about, CHANGED_BASE: change.id})
 
     @torch.no_grad()
     def already_given(
@@ -123,10 +156,21 @@ class Editor:
             r if isinstance(r, EditExample) else EditExample(prompt=r[0], target=r[1], question=is_question(r[0]))
             for r in requests
         ]
-        family = self.formatter.family
-        ends = [target_ends(target_end, question=e.question, chat=chat, family=family) for e in examples]
+        ends = [self._ends(example, chat, target_end) for example in examples]
         texts = [self.formatter.encode(e.prompt, e.target, chat=chat, end=end) for e, end in zip(examples, ends, strict=True)]
         return examples, texts
+
+    def _ends(self, example: EditExample, chat: bool, target_end: TargetEnd) -> bool:
+        return target_ends(target_end, question=example.question, chat=chat, family=self.formatter.family)
+
+    def require_usable(self, requests: Sequence[EditExample], *, chat: bool = False, target_end: TargetEnd = "auto") -> None:
+        """Raise `InputError`, which names the request by its number, for text that an edit could not use."""
+        for number, one in enumerate(requests, start=1):
+            try:
+                end = self._ends(one, chat, target_end)
+                self.formatter.require_usable([one.prompt], one.target, chat=chat, end=end)
+            except InputError as error:
+                raise InputError(f"request {number}: {error}") from None
 
     def _about(self, example: EditExample, scale: float, chat: bool) -> dict[str, Any]:
         return {
@@ -158,6 +202,7 @@ def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple
         raise FormatError(
             f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
             f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
+            + (f"; or else the starter's files are damaged: delete {starter_folder()}" if str(source) in SHIPPED else "")
         )
     return method.beside(model).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import functools
 import gc
 import itertools
 import json
@@ -29,7 +28,7 @@ from mendlm.errors import InputError
 from mendlm.files import new_folder, plain, write_bytes, write_json
 from mendlm.layers import LayerSpec
 from mendlm.losses import all_by_row, mean_by_row, token_kl, token_nll
-from mendlm.methods.base import Learned, Method, in_order
+from mendlm.methods.base import Learned, Method, edits_of
 from mendlm.models import base_of, is_sharded
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
@@ -141,14 +140,9 @@ class Evaluator:
             return cast("Intervention", other.grouped(k))
         return self._edit_batch(texts, k)
 
-    @torch.no_grad()
     def _edit_batch(self, texts: list[Encoded], together: int) -> Edit:
-        def parts(group: list[int]) -> Edit:
-            return self.method.parts(self.model, self.formatter.batch([texts[i] for i in group]))
-
-        groups = by_length([len(text) for text in texts], limit=self.config.batch_size)
-        made = self.method.together([(group, functools.partial(parts, group)) for group in groups], together)
-        return (in_order(made) * self.config.scale).require_finite()
+        made = edits_of(self.method, self.model, self.formatter, texts, together, self.config.batch_size)
+        return (made * self.config.scale).require_finite()
 
     @torch.no_grad()
     def _edit_in_turn(self, texts: list[Encoded]) -> tuple[Edit, list[tuple[bool, bool]]]:
@@ -230,14 +224,14 @@ class Evaluator:
         for group in by_length([len(text.prompt) for _, text in texts], limit=self.config.batch_size):
             prompts = [texts[i][1] for i in group]
             routing = torch.tensor([texts[i][0] for i in group], device=self.formatter.device)
-            longest = max(len(text.target) for text in prompts) + extra
+            lengths = [len(text.target) + extra for text in prompts]
             if edit is None:
-                found = self.formatter.generate(self.model, prompts, longest)
+                found = self.formatter.generate(self.model, prompts, max(lengths))
             else:
                 with self._under(edit, routing):
-                    found = self.formatter.generate(self.model, prompts, longest)
-            for index, tokens in zip(group, found, strict=True):
-                answers[index] = self.formatter.decode(tokens)
+                    found = self.formatter.generate(self.model, prompts, max(lengths))
+            for index, tokens, length in zip(group, found, lengths, strict=True):
+                answers[index] = self.formatter.decode(tokens[:length])
         return answers
 
     def probe(self, probes: Sequence[Probe]) -> list[Encoded]:

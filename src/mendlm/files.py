@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -172,6 +173,13 @@ def _put_in_place_of(path: Path, folder: Path) -> None:
 def _beside(path: Path) -> Path:
     """A name of nothing yet, beside a path."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the files that killed processes left half-written in a folder, which no other process writes now."""
+    for found in folder.iterdir():
+        if re.fullmatch(r"\..+\.[0-9a-f]{12}", found.name) and found.is_file():
+            found.unlink(missing_ok=True)
 
 
 def require_folder(path: Path) -> None:

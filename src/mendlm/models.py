@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mendlm import memory, processes
-from mendlm.errors import InputError, MendError, ModelError, require
+from mendlm.errors import FormatError, InputError, MendError, ModelError, require
 from mendlm.files import new_folder, read_json, sha256, write_json
 from mendlm.layers import block_stacks, make_differentiable, plain, quantized
 from mendlm.tensors import hash_tensor, write_tensors
@@ -454,7 +454,7 @@ def identity(model: nn.Module) -> str:
     """A base model's identity: sha256 over tensor names and contents of its source files.
 
     The same for any dtype that it is loaded in, and quantised while it is loaded. Read from the model's folder or the hub cache
-    and cached by path, size and time; a model without files (built in memory) is hashed as it is.
+    and cached by path, size and times; a model without files (built in memory) is hashed as it is.
     """
     config: Any = getattr(model, "config", None)
     files = _weight_files(getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None))
@@ -470,10 +470,10 @@ def identity(model: nn.Module) -> str:
             for part in plain(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor):
                 hash_tensor(digest, name, part)
         return digest.hexdigest()
-    stamp = json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
-    key = hashlib.sha256(stamp.encode()).hexdigest()
-    remembered = cache_folder() / "identities" / f"{key}.json"
-    if remembered.is_file():
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    stamp = json.dumps([[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats])
+    remembered = cache_folder() / "identities" / f"{hashlib.sha256(stamp.encode()).hexdigest()}.json"
+    with contextlib.suppress(FormatError, KeyError, TypeError):  # one that is damaged is made again
         return str(read_json(remembered)["sha256"])
     digest = hashlib.sha256()
     owner = {name: file for file in files for name in _tensor_names(file)}

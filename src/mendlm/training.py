@@ -39,7 +39,7 @@ from mendlm import processes
 from mendlm.apply import Edit, join
 from mendlm.checkpoint import Run, editor_path
 from mendlm.errors import InputError, NumericalError, StorageError, require
-from mendlm.files import locked, plain, storing
+from mendlm.files import locked, plain, storing, sweep
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned
 from mendlm.models import base_of, device_of, is_sharded, quantizer
@@ -186,9 +186,13 @@ def draw(
     extra = len(unrelated.target) - config.locality_tokens
     if extra > 0:  # a run of the answer, from a random place; a decoder that starts from nothing keeps its beginning
         start = rng.randint(0, extra) if formatter.family == "causal" else 0
-        prompt, target = unrelated.prompt + unrelated.target[:start], unrelated.target[start : start + config.locality_tokens]
-        unrelated = Encoded(prompt, target)
+        unrelated = _cut(unrelated, start, config.locality_tokens)
     return Drawn(edit, rephrasing, unrelated)
+
+
+def _cut(text: Encoded, start: int, tokens: int) -> Encoded:
+    """A text whose target is a run of the whole one's."""
+    return Encoded(text.prompt + text.target[:start], text.target[start : start + tokens])
 
 
 def outer_loss(
@@ -369,7 +373,10 @@ class Trainer:
             held_out = [replace(valid, examples=self.valid, probes=())] if valid else []
             watched = [replace(source, examples=()) for source in locality]
             most = 3 * (config.steps * config.batch_size + len(self.valid))  # a request's own text and two more
-            require_disk(self.trunk, states_bytes(model, self.formatter, [data, *held_out, *watched], most))
+            require_disk(
+                self.trunk,
+                states_bytes(model, self.formatter, [data, *held_out, *watched], most, locality_tokens=config.locality_tokens),
+            )
             first = self.formatter.encode(self.data[0].prompt, self.data[0].target)
             self.trunk.run(model, self.formatter.batch([first]).inputs)  # raises now for blocks whose output cannot be kept
         rates = {id(parameter) for parameter in method.rates()}
@@ -537,26 +544,30 @@ def states_bytes(
     most: int | None = None,
     *,
     dtype: torch.dtype | None = None,
+    locality_tokens: int = TrainConfig.locality_tokens,
 ) -> int:
-    """Bytes that a trunk cache of all texts of these data sets takes, each text once, as a raw prompt with its answer.
+    """Bytes that a trunk cache of all texts of these data sets takes, each text once, as a raw prompt with its answer; an
+    unrelated text of more than `locality_tokens` each time that it can be cut.
 
     Where no more than `most` of them are ever read, that share of it. `dtype` is that of the states, by default the model's.
     """
-    lengths = {hash((text.prompt, text.target)): len(text) for source in sources for text in _every(formatter, source)}
+    every = (text for source in sources for text in _every(formatter, source, locality_tokens))
+    lengths = {hash((text.prompt, text.target)): len(text) for text in every}
     width: int = model.get_input_embeddings().embedding_dim
     size: int = (dtype or next(model.parameters()).dtype).itemsize
     share = 1.0 if most is None else min(1.0, most / max(1, len(lengths)))
     return math.ceil(share * sum(lengths.values()) * width * size)
 
 
-def _every(formatter: Formatter, source: Dataset) -> Iterator[Encoded]:
+def _every(formatter: Formatter, source: Dataset, locality_tokens: int) -> Iterator[Encoded]:
     for example in source.examples:
         for prompt in (example.prompt, *example.rephrasings):
             yield formatter.encode(prompt, example.target)
-        for probe in example.unrelated:
-            yield formatter.encode(probe.prompt, probe.answer)
-    for probe in source.probes:
-        yield formatter.encode(probe.prompt, probe.answer)
+    for probe in itertools.chain(source.probes, *(example.unrelated for example in source.examples)):
+        text = formatter.encode(probe.prompt, probe.answer)
+        extra = max(0, len(text.target) - locality_tokens)
+        for start in range(extra + 1 if formatter.family == "causal" else 1):
+            yield _cut(text, start, locality_tokens)
 
 
 def require_disk(cache: TrunkCache, needed: int) -> None:
@@ -631,9 +642,11 @@ def train(
     processes.agree(plain({"resume": resume, "base": base, **how, **described}))
     main = processes.is_main()
     with locked(run.folder) if main else contextlib.nullcontext():
+        if main:
+            sweep(run.folder)
         if resume:
             if main:
-                run.continue_with({**how, **described})
+                run.continue_with({"base": base, **how, **described})
             processes.wait()
             trainer.resume()
         else:
@@ -641,7 +654,7 @@ def train(
                 run.require_new()
             if not prepared:
                 trainer.prepare()
-            if main:  # only now: a folder that a kill leaves behind can be resumed, or is empty
+            if main:  # only now: a folder that a kill leaves behind can be resumed, or begun again
                 made = {"method": method.name, "layers": [asdict(spec) for spec in method.specs], "base": base}
                 run.create({**made, **how, **described, **(about or {})})
             trainer.save()

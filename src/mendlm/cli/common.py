@@ -236,12 +236,17 @@ def editor_of(editor: str | None, source: str) -> str:
     return editor or "starter"
 
 
-def known(method: str | None) -> None:
-    """Raise `InputError` for a method that does not exist, before anything is loaded."""
-    from mendlm.methods import method_types
+def known(method: str | None, values: dict[str, Any] | None = None) -> None:
+    """Raise `InputError` for a method that does not exist, and for settings that it cannot take, before anything is loaded."""
+    from mendlm.checkpoint import parse_config
+    from mendlm.errors import InputError
+    from mendlm.methods import LEARNED, method_types
 
-    if method is not None:
-        method_types(method)
+    config = None if method is None else method_types(method)[1]
+    if config is not None and method not in LEARNED:
+        parse_config(config, values or {})
+    elif other := next((key for key in values or () if key not in settings_of(method)), None):
+        raise InputError(f"'{other}' is no setting here: a trained editor keeps the settings of its run")
 
 
 def settings_of(method: str | None) -> list[str]:
@@ -277,11 +282,8 @@ def open_method(
     from mendlm.methods import LEARNED, method_types
     from mendlm.text import Formatter
 
-    if name is not None:
-        kind, config = method_types(name)
+    known(name, values)
     if name is None or name in LEARNED:
-        if other := next((key for key in values if key not in settings_of(name)), None):
-            raise InputError(f"'{other}' is no setting here: a trained editor keeps the settings of its run")
         if editor is None and name not in (None, "mend"):
             raise InputError(f"the method '{name}' has to be trained: mendlm train --method {name} ..., then --editor RUN")
         method, about = load_method(editor_of(editor, source), model, force=force)
@@ -292,6 +294,7 @@ def open_method(
         return method, about
     if editor is not None:
         raise InputError(f"the method '{name}' has no editor; leave --editor out")
+    kind, config = method_types(name)
     settings = parse_config(config, values)
     if name == "cache":
         return kind(settings), {}

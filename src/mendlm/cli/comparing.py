@@ -54,13 +54,15 @@ def compare(
     names, counts = _names(methods), _counts(num_edits)
     for name in names:
         common.known(name)
+    values = _settings(settings or [], names)
+    for name in names:
+        common.known(name, values.get(name))
     runs = _editors(editors or [], names, counts)
     for name in names:
         if name in LEARNED and not all((name, count) in runs for count in counts):
             if name != "mend" or any(method == name for method, _ in runs):
                 raise InputError(f"the method '{name}' has to be trained: give --editor {name}=RUN, for every number of edits")
             runs |= {(name, count): common.editor_of(None, model) for count in counts}
-    values = _settings(settings or [], names)
     of_evaluation = values.pop("", {})
     if "num_edits" in of_evaluation:
         raise InputError("give the numbers of edits at once by --num-edits 1,5,25")

@@ -77,6 +77,9 @@ def edit(
     prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt to correct.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="The answer it should get.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="TASK:PATH of requests, instead of one.")] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="With --data: one edit of all its requests, by malmen merged, else summed.")
+    ] = False,
     scale: Annotated[float, typer.Option("--scale", help="Strength of the edit.")] = 1.0,
     chat: Annotated[bool, typer.Option("--chat", help="Pose the prompt as a chat turn.")] = False,
     target_end: Annotated[
@@ -89,9 +92,11 @@ def edit(
     *,
     origin: common.Origin,
 ) -> None:
-    """Make an edit and save it as an adapter folder; or one folder a record of a file."""
+    """Make an edit and save it as an adapter folder; of a file one folder a record, or one edit of all."""
     if (data is None) == (prompt is None and target is None) or (data is None and (prompt is None or target is None)):
         raise InputError("say what to edit: either --prompt and --target, or --data TASK:PATH")
+    if together and data is None:
+        raise InputError("--together makes one edit of many requests; give them by --data TASK:PATH")
 
     from mendlm.editor import Editor
     from mendlm.evaluation import require_work
@@ -101,7 +106,7 @@ def edit(
 
     refuse_existing(out, force=force)
     values = common.plain_settings(settings)
-    common.known(method)
+    common.known(method, values)
     if locality and method != "ft-kl":
         raise InputError("--locality gives texts that the method 'ft-kl' watches; no other method reads them")
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]
@@ -114,16 +119,18 @@ def edit(
     chosen, about = common.open_method(method, values, editor, model, loaded, tokenizer, unrelated, force=force)
     opened = Editor(chosen, loaded, tokenizer, about)
     how: dict[str, Any] = {"chat": chat, "target_end": target_end}
+    if data is not None:
+        opened.require_usable(requests, **how)
     alone = processes.count() == 1 or is_sharded(loaded)
     if not alone:
-        if data is None:
-            raise InputError("one edit is the work of one process; start mendlm edit without a launcher, or give --data")
+        if data is None or together:
+            raise InputError("one edit is the work of one process; start mendlm edit without a launcher, or give --data alone")
         require_work(len(requests), len(range(0, len(requests), CHUNK)))
         processes.agree({"requests": loaded_data.sha256, "out": str(out)})
     main, given = processes.is_main(), 0
-    if data is None:
+    if data is None or together:
         given = sum(opened.already_given(requests, **how))
-        (one,) = opened.edit_many(requests, scale=scale, **how)
+        one = opened.edit_together(requests, scale=scale, **how) if together else opened.edit(*requests[0], scale=scale, **how)
         if main:
             one.save(out, force=force)
         folders = [out]
@@ -150,9 +157,9 @@ def edit(
         "skipped": skipped,
         "already_given": given,
     }
-    text = f"{len(folders)} edits in {out}" if data is not None else f"the edit is in {out}"
+    text = f"the edit is in {out}" if folders == [out] else f"{len(folders)} edits in {out}"
     if given:
-        common.note(f"{given} of {len(folders)} targets are what the model answers already")
+        common.note(f"{given} of {len(requests)} targets are what the model answers already")
     common.emit(json_output, content, f"{text} ({skipped} malformed records skipped)" if skipped else text)
 
 
@@ -200,7 +207,10 @@ def inspect(
     layers: Annotated[
         list[str] | None, typer.Option("--layers", help="Pattern of the layers to edit, for the plan; may repeat.")
     ] = None,
-    data: Annotated[list[str] | None, typer.Option("--data", help="Requests whose trunk cache is planned, too.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="TASK:PATH of requests or unrelated texts, whose trunk cache is planned, too; may repeat."),
+    ] = None,
     json_output: common.Json = False,
     seed: common.Seed = 0,
     *,

@@ -242,7 +242,7 @@ def evaluate(
 ) -> None:
     """Edit and score every request; writes results.jsonl (a row an edit) and summary.json."""
     values = common.plain_settings(settings)
-    common.known(method)
+    common.known(method)  # before its settings are named
 
     from mendlm.checkpoint import parse_config
     from mendlm.editor import which_editor
@@ -261,6 +261,7 @@ def evaluate(
         if name not in known:
             what = f"an evaluation has {', '.join(EvaluationConfig.__dataclass_fields__)}; the method {', '.join(known)}"
             raise InputError(f"'{name}' is no setting here: {what}")
+    common.known(method, others)
     refuse_existing(out, force=force)
     requests = load_edits(data, skip_bad=skip_bad).limited(limit)
     unrelated = [load_unrelated(source, skip_bad=skip_bad) for source in locality or ()]

@@ -17,7 +17,7 @@ def show(
     from mendlm.models import as_device, as_dtype, skeleton, tokenizer_of
     from mendlm.plan import CARDS, Lengths, can_be_kept, plans
     from mendlm.replay import Trunk
-    from mendlm.tasks import load_edits
+    from mendlm.tasks import load
     from mendlm.text import Formatter
     from mendlm.training import states_bytes
 
@@ -34,7 +34,7 @@ def show(
         "plans": {base: one.figures() for base, one in found.items()},
     }
     if data:
-        sources = [load_edits(source) for source in data]
+        sources = [load(source) for source in data]
         formatter = Formatter.of(fake, tokenizer_of(model, **where))
         dtype = as_dtype(origin.dtype, as_device(origin.device))
         content["trunk_cache_dtype"] = str(dtype).removeprefix("torch.")
@@ -67,7 +67,7 @@ def show(
     )
     if data:
         size = content["trunk_cache_bytes"]
-        text += "\ntrunk cache of these requests: " + (
+        text += "\ntrunk cache of these texts: " + (
             f"{size / GB:.2f} GB in {content['trunk_cache_dtype']}, each text once"
             if size is not None
             else "not possible for this model"

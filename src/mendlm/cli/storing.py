@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -229,7 +230,8 @@ def _told(content: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.split())
+    """A text on one line, without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], " ".join(text.split()))
 
 
 def _answers(asked: dict[str, Any]) -> tuple[str, str, str, str]:

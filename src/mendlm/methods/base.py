@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
@@ -16,7 +17,7 @@ from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
 from mendlm.models import as_device, device_of, is_sharded
 from mendlm.recording import Gradient, record
-from mendlm.text import Batch, scored_logits, short_attention, tensor_on
+from mendlm.text import Batch, Encoded, Formatter, by_length, scored_logits, short_attention, tensor_on
 
 Group = tuple[Sequence[int], Callable[[], Edit]]
 """Requests by number, and the function that makes their parts."""
@@ -159,6 +160,17 @@ class Learned(nn.Module, Method):
                     f"the editor was trained for '{spec.name}' of shape {spec.shape}, but this model {has}; "
                     "use the model it was trained for, or train an editor for this one"
                 )
+
+
+@torch.no_grad()
+def edits_of(method: Method, model: Any, formatter: Formatter, texts: Sequence[Encoded], size: int, limit: int) -> Edit:
+    """One edit for each `size` consecutive texts, in their order, made in batches of at most `limit` texts of like length."""
+
+    def parts(group: list[int]) -> Edit:
+        return method.parts(model, formatter.batch([texts[i] for i in group]))
+
+    groups = by_length([len(text) for text in texts], limit=limit)
+    return in_order(method.together([(group, functools.partial(parts, group)) for group in groups], size))
 
 
 def in_order(batches: Sequence[tuple[Sequence[int], Edit]]) -> Edit:

@@ -74,7 +74,7 @@ class FineTuneConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.rate > 0:
             raise InputError(f"fine-tuning needs steps of at least 1 and a rate above 0, got {self.steps} and {self.rate}")
-        if not self.edit_weight > 0 or self.kl_weight < 0:
+        if not self.edit_weight > 0 or not self.kl_weight >= 0:
             raise InputError(f"edit_weight must be above 0 and kl_weight at least 0: {self.edit_weight} and {self.kl_weight}")
         if self.rank is not None and self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}")
@@ -110,7 +110,7 @@ class LoRAConfig(FineTuneConfig):
 
 
 class FineTune(Method):
-    """Fine-tuning on the exact prompt. `unrelated` are single texts for the KL, taken in turn."""
+    """Fine-tuning on the exact prompt. `unrelated` are single texts for the KL, taken in turn, for each edit from the first."""
 
     def __init__(
         self, specs: Sequence[LayerSpec], config: FineTuneConfig | None = None, unrelated: Sequence[Batch] = ()
@@ -121,7 +121,7 @@ class FineTune(Method):
         self.name = names.get(type(self.config), "ft")  # type: ignore[misc]
         if self.config.kl_weight and not unrelated:
             raise InputError(f"the method '{self.name}' watches unrelated texts while it tunes; give it more, by --locality")
-        self._unrelated = itertools.cycle(unrelated)
+        self._unrelated = tuple(unrelated)
 
     def edit(self, model: Any, batch: Batch) -> Edit:
         """One edit for each example, tuned in turns of as many as `TOGETHER` allows; dense changes have an identity factor."""
@@ -151,6 +151,7 @@ class FineTune(Method):
         optimizer = _OPTIMIZERS[self.config.optimizer](changes, lr=self.config.rate)
         tape = trunk.run(model, batch.inputs)
         done = torch.zeros(batch.size, dtype=torch.bool, device=device_of(model))
+        unrelated = itertools.cycle(self._unrelated)
         for _ in range(self.config.steps):
             with trunk.replay(tape), applied(model, edit), short_attention(model, batch):
                 logits = scored_logits(model, batch)
@@ -160,7 +161,7 @@ class FineTune(Method):
                 break
             loss = self.config.edit_weight * nll.sum()
             if self.config.kl_weight:
-                loss = loss + self.config.kl_weight * self._kl(model, trunk, edit, batch.size)
+                loss = loss + self.config.kl_weight * self._kl(model, trunk, edit, next(unrelated).repeated(batch.size))
             held = [change.detach()[done] for change in changes]
             for change, slope in zip(changes, torch.autograd.grad(loss, changes), strict=True):
                 change.grad = slope
@@ -175,9 +176,8 @@ class FineTune(Method):
             return all_by_row(logits.argmax(-1) == batch.label, batch.row, batch.size)
         return nll <= self.config.stop_nll
 
-    def _kl(self, model: Any, trunk: Trunk, edit: Edit, size: int) -> Tensor:
-        """The KL of each example's change on the same text."""
-        batch = next(self._unrelated).repeated(size)
+    def _kl(self, model: Any, trunk: Trunk, edit: Edit, batch: Batch) -> Tensor:
+        """The KL of each example's change on its text."""
         with torch.no_grad(), trunk.record() as tape, short_attention(model, batch):
             base = scored_logits(model, batch)
         with trunk.replay(tape), applied(model, edit), short_attention(model, batch):

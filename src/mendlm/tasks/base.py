@@ -208,7 +208,8 @@ class Task(ABC):
                 try:
                     yield number, json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    yield number, RecordError(path, number, None, f"is not valid JSON: {error}")
+                    problem = f"is not valid JSON: {error}; a line holds one record, or the file is one JSON list of them"
+                    yield number, RecordError(path, number, None, problem)
 
     def load(self, path: str | Path, *, skip_bad: bool = False) -> Dataset:
         """Read a whole file. With `skip_bad`, malformed records are counted and left out."""

@@ -21,7 +21,8 @@ class CounterFact(Task):
         """One record as a continuation request."""
         if "requested_rewrite" in fields.record:
             return _published(fields)
-        fields.refuse("locality", of="KnowEdit; a CounterFact record has locality_prompt")
+        for field in ("locality", "portability"):
+            fields.refuse(field, of="KnowEdit; a CounterFact record has locality_prompt, and no portability")
         rephrasing, neighbour = fields.optional("rephrase_prompt"), fields.optional("locality_prompt")
         return EditExample(
             prompt=fields.text("prompt"),
