@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import pyplot
 
 from mendlm.errors import FormatError, InputError, MendError
 from mendlm.report import FAR, draw, find, table, write
@@ -33,6 +35,15 @@ CELL: dict[str, Any] = {
 
 def cell(**other: Any) -> dict[str, Any]:
     return {**copy.deepcopy(CELL), **other}
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The figures that are drawn, instead of their files."""
+    figures: list[Any] = []
+    monkeypatch.setattr("mendlm.report._png", lambda figure: figures.append(figure) or b"")
+    yield figures
+    pyplot.close("all")
 
 
 def put(folder: Path, *cells: dict[str, Any]) -> Path:
@@ -125,9 +136,7 @@ def test_notes_on_the_data_stand_below_the_table_once(tmp_path: Path) -> None:
     assert "<li>zsre:a.json: rephrasings are made by &lt;rule&gt;</li>" in written["report.html"].read_text()
 
 
-def test_a_huge_perplexity_is_short_and_stands_at_the_pictures_edge(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("mendlm.report._png", lambda figure: drawn.append(figure) or b"")
+def test_a_huge_perplexity_is_short_and_stands_at_the_pictures_edge(drawn: list[Any]) -> None:
     cells = [cell(), cell(method="cache", perplexity={"before": 20.0, "after": 1e304}),
              cell(method="lora", perplexity={"before": 20.0, "after": 60.0})]  # fmt: skip
     assert "| 20.00 → 1.0e+304 |" in table(cells)
@@ -139,9 +148,7 @@ def test_a_huge_perplexity_is_short_and_stands_at_the_pictures_edge(monkeypatch:
     assert drawn[-2].axes[0].get_xlim()[1] == FAR
 
 
-def test_methods_can_be_told_apart_by_their_es(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("mendlm.report._png", lambda figure: drawn.append(figure) or b"")
+def test_methods_can_be_told_apart_by_their_es(drawn: list[Any]) -> None:
     cells = [cell(method=f"method {i}", edit_success={**INTERVAL, "after": i / 30}) for i in range(25)]
     list(draw(cells))
     (axis,) = drawn[0].axes
@@ -168,9 +175,7 @@ def test_a_file_of_many_summaries_is_read(tmp_path: Path) -> None:
             find([tmp_path / "bad.json"])
 
 
-def test_memory_is_that_of_an_edit_where_all_cells_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("mendlm.report._png", lambda figure: drawn.append(figure) or b"")
+def test_memory_is_that_of_an_edit_where_all_cells_have_it(drawn: list[Any]) -> None:
     for cells, title, shown in (
         ([cell(edit_memory_mb=3.0), cell(edit_memory_mb=5.0)], "memory of one edit, at its peak", [3, 5]),
         ([cell(edit_memory_mb=3.0), cell()], "memory of scoring all, at its peak", [900, 900]),
@@ -186,9 +191,7 @@ def test_a_bar_in_a_name_does_not_break_the_table() -> None:
     assert "| 1,200 | 3 | 0.000 → 0.800" in line
 
 
-def test_edits_made_in_turn_show_what_became_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("mendlm.report._png", lambda figure: drawn.append(figure) or b"")
+def test_edits_made_in_turn_show_what_became_of_the_first(drawn: list[Any]) -> None:
     made, left = {**INTERVAL, "after": 0.95}, {**INTERVAL, "after": 0.4}
     turns = [
         cell(num_edits=count, sequential=True, success_when_made=made, success_of_earlier=left, success_of_later=INTERVAL)
@@ -202,3 +205,17 @@ def test_edits_made_in_turn_show_what_became_of_the_first(monkeypatch: pytest.Mo
     pictures = dict(zip(dict(draw(turns)), drawn, strict=True))
     lines = {line.get_label(): list(line.get_ydata()) for line in pictures["over-edits-1"].axes[0].lines}
     assert lines["mend, when made"] == [0.95, 0.95]
+
+
+def test_models_and_edits_in_turn_are_told_apart(drawn: list[Any]) -> None:
+    models = [cell(model=name, model_sha256=name * 64) for name in ("a", "b")]
+    assert [line.split(" | ")[0] for line in table(models).splitlines()[2:]] == ["| a: zsre:a.json", "| b: zsre:a.json"]
+    assert {"success-over-accuracy-1", "success-over-accuracy-2"} <= dict(draw(models)).keys()
+    drawn.clear()
+    turns = [cell(num_edits=count, sequential=turn and count > 1) for turn in (False, True) for count in (1, 5)]
+    pictures = dict(zip(dict(draw(turns)), drawn, strict=True))
+    axes = pictures["over-edits-1"].axes
+    drawdowns = ["drawdown: accuracy lost", "drawdown: rise of the perplexity"]
+    assert [axis.get_title() for axis in axes] == ["success", "generality", "locality", *drawdowns]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["mend", "mend, in turn"]
+    assert {axis.get_xlabel() for axis in axes} == {"edits"}

@@ -113,7 +113,14 @@ def find(places: Sequence[Path]) -> list[dict[str, Any]]:
                 f"{place} holds no summary; give folders that `mendlm eval` or `compare` has written, or a table.json"
             )
         cells += [cell for cell in listed if cell not in cells]
-    return sorted(cells, key=lambda cell: (cell["data"], cell["chat"], cell["method"], cell["num_edits"]))
+    data = _data(cells)
+    return sorted(cells, key=lambda cell: (data(cell), cell["chat"], cell["method"], cell["num_edits"], cell["sequential"]))
+
+
+def _data(cells: Sequence[dict[str, Any]]) -> Callable[[dict[str, Any]], str]:
+    """What tells a cell's data from other cells': its name, behind the base model's where there are several."""
+    several = len({cell.get("model_sha256") for cell in cells}) > 1
+    return lambda cell: f"{cell.get('model')}: {cell['data']}" if several else str(cell["data"])
 
 
 def _hidden(path: Path) -> bool:
@@ -161,12 +168,13 @@ def rows(cells: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     last = ("drawdown, acc", "perplexity", "ms an edit")
     columns = COLUMNS | (IN_TURN if any(name in cell for cell in cells for name in IN_TURN) else {})
     yield ["data", "method", "edits at once", "edits", "given already", *columns.values(), *last]
+    data = _data(cells)
     for cell in cells:
         chat = ", chat" if cell["chat"] else ""
         ppl, acc, time = cell["perplexity"], cell["drawdown_acc"], cell["edit_ms"]["p50"]
         change = f"{short(ppl['before'])} → {short(ppl['after'])}" if ppl["before"] is not None else "-"
         yield [
-            f"{cell['data']}{chat}",
+            f"{data(cell)}{chat}",
             _name(cell, chat=False),
             f"{cell['num_edits']}{', in turn' if cell['sequential'] else ''}",
             f"{cell['count']:,}",
@@ -211,7 +219,7 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    for number, (data, mine) in enumerate(_by(cells, lambda cell: cell["data"]).items(), start=1):
+    for number, (data, mine) in enumerate(_by(cells, _data(cells)).items(), start=1):
         least = min(cell["num_edits"] for cell in mine)
         for name, x, label in (
             ("accuracy", _loss, "drawdown: accuracy lost on unrelated answers"),
@@ -240,36 +248,7 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
                     axis.set_xlim(right=edge)
                 yield f"success-over-{name}-{number}", _png(figure)
         if len({cell["num_edits"] for cell in mine}) > 1:
-            figure, axes = plt.subplots(1, 4, figsize=(15, 4), sharex=True)
-            prose = all(cell["drawdown_acc"] is None for cell in mine)
-            for method, line in _by(mine, _name).items():
-                for axis, key in zip(axes, ("success", "generality", "locality"), strict=False):
-                    shown = [cell for cell in line if cell[key]["after"] is not None]
-                    counts, values = [c["num_edits"] for c in shown], [c[key]["after"] for c in shown]
-                    bars = [[_bars(c[key])[side][0] for c in shown] for side in (0, 1)]
-                    axis.errorbar(counts, values, yerr=bars, marker="o", capsize=3, label=method)
-                    axis.set(title=key, ylim=(-0.03, 1.05))
-                made = [(c["num_edits"], c["success_when_made"]["after"]) for c in line if "success_when_made" in c]
-                if made:
-                    axes[0].plot(
-                        *zip(*made, strict=True), ls=":", color=axes[0].lines[-1].get_color(), label=f"{method}, when made"
-                    )
-                lost = [(c, _rise(c) if prose else _loss(c)) for c in line]
-                found = [(c, value) for c, value in lost if value is not None]
-                spread = [_across(c, "perplexity" if prose else "accuracy", value) for c, value in found]
-                bars = [[one[side][0] for one in spread] for side in (0, 1)]
-                counts = [c["num_edits"] for c, _ in found]
-                axes[3].errorbar(counts, [value for _, value in found], yerr=bars, marker="o", capsize=3)
-            axes[3].set(title=f"drawdown: {'rise of the perplexity' if prose else 'accuracy lost'}")
-            together = "in turn" if any(cell["sequential"] for cell in mine) else "at once"  # a single edit is neither
-            for axis in axes:
-                axis.set(xlabel=f"edits {together}", xscale="log")
-                axis.set_xticks(sorted({cell["num_edits"] for cell in mine}), minor=False)
-                axis.set_xticks([], minor=True)
-                axis.xaxis.set_major_formatter("{x:.0f}")
-            axes[0].legend()
-            figure.suptitle(data)
-            yield f"over-edits-{number}", _png(figure)
+            yield f"over-edits-{number}", _png(_over_edits(data, mine))
         figure, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(mine) + 1.5), sharey=True)
         labels = [f"{_name(cell)}, {cell['num_edits']} {'in turn' if cell['sequential'] else 'at once'}" for cell in mine]
         axes[0].barh(range(len(mine)), [cell["edit_ms"]["p50"] or 0 for cell in mine], tick_label=labels)
@@ -278,6 +257,42 @@ def draw(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
         axes[1].barh(range(len(mine)), [cell["edit_memory_mb" if measured else "peak_memory_mb"] for cell in mine])
         axes[1].set(title=f"memory of {'one edit' if measured else 'scoring all'}, at its peak", xlabel="MiB")
         yield f"cost-{number}", _png(figure)
+
+
+def _over_edits(data: str, mine: Sequence[dict[str, Any]]) -> Any:
+    """The figure of one data set's cells over the number of edits, a line a method."""
+    import matplotlib.pyplot as plt
+
+    losses = {"accuracy lost": ("accuracy", _loss), "rise of the perplexity": ("perplexity", _rise)}
+    losses = {title: loss for title, loss in losses.items() if any(loss[1](cell) is not None for cell in mine)}
+    figure, axes = plt.subplots(1, 3 + len(losses), figsize=(11.25 + 3.75 * len(losses), 4), sharex=True)
+    ways = {cell["sequential"] for cell in mine if cell["num_edits"] > 1}  # a single edit is neither in turn nor at once
+    both = len(ways) > 1
+    for method, line in _by(mine, lambda cell: _name(cell) + ", in turn" * (both and cell["sequential"])).items():
+        for axis, key in zip(axes, ("success", "generality", "locality"), strict=False):
+            shown = [cell for cell in line if cell[key]["after"] is not None]
+            counts, values = [c["num_edits"] for c in shown], [c[key]["after"] for c in shown]
+            bars = [[_bars(c[key])[side][0] for c in shown] for side in (0, 1)]
+            axis.errorbar(counts, values, yerr=bars, marker="o", capsize=3, label=method)
+            axis.set(title=key, ylim=(-0.03, 1.05))
+        made = [(c["num_edits"], c["success_when_made"]["after"]) for c in line if "success_when_made" in c]
+        if made:
+            color = axes[0].lines[-1].get_color()
+            axes[0].plot(*zip(*made, strict=True), ls=":", color=color, label=f"{method}, when made")
+        for axis, (title, (name, loss)) in zip(axes[3:], losses.items(), strict=True):
+            found = [(c, lost) for c in line if (lost := loss(c)) is not None]
+            spread = [_across(c, name, lost) for c, lost in found]
+            bars = [[one[side][0] for one in spread] for side in (0, 1)]
+            axis.errorbar([c["num_edits"] for c, _ in found], [lost for _, lost in found], bars, marker="o", capsize=3)
+            axis.set(title=f"drawdown: {title}")
+    for axis in axes:
+        axis.set(xlabel="edits" if both else "edits in turn" if True in ways else "edits at once", xscale="log")
+        axis.set_xticks(sorted({cell["num_edits"] for cell in mine}), minor=False)
+        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+    axes[0].legend()
+    figure.suptitle(data)
+    return figure
 
 
 def write_sweep(result: dict[str, Any], out: Path) -> list[Path]:
