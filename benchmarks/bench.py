@@ -43,6 +43,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+TIMED: list[dict[str, list[float]]] = []
+"""Of every `interleaved` run of this process the shortest, median and longest seconds of each side, which `save` writes."""
+
+
 def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The median seconds of each side: after one untimed call of each, they take turns, every other round backwards."""
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -55,6 +59,7 @@ def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[
             sides[name]()
             synchronise()
             times[name].append(time.perf_counter() - begun)
+    TIMED.append({name: [min(values), statistics.median(values), max(values)] for name, values in times.items()})
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -144,7 +149,7 @@ def _lines(path: str) -> list[str]:
 
 def save(arguments: argparse.Namespace, name: str, device: torch.device, result: Mapping[str, Any]) -> None:
     """Print the result, and write it with the machine's description."""
-    content = {"benchmark": name, "machine": machine(device), **result}
+    content = {"benchmark": name, "machine": machine(device), **result, "timed": TIMED}
     print(json.dumps(content, indent=1))
     arguments.out.mkdir(parents=True, exist_ok=True)
     kind = "cuda" if device.type == "cuda" else "cpu"

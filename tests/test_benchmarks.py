@@ -134,14 +134,14 @@ def test_the_papers_driver_scores_fine_tuning_at_the_papers_rate_too(tmp_path: P
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     paper = importlib.import_module("paper")
     asked: dict[str, list[str]] = {}
-    published: list[str] = []
+    published: list[list[str]] = []
     monkeypatch.setattr(paper.Driver, "divide", lambda _: None)
     monkeypatch.setattr(paper.Driver, "editors", lambda *_: [("", "mend", 1, Path("run"))])
     monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
-    monkeypatch.setattr(paper.Driver, "publish", lambda _, name, variants: published.extend(variants))
+    monkeypatch.setattr(paper.Driver, "publish", lambda _, name, variants: published.append(variants))
     paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("gpt-zsre")
     usual, other = asked["compare gpt-zsre"], asked["compare gpt-zsre paper rate"]
-    assert published == ["", "paper rate"]
+    assert published == [[""], ["", "paper rate"]]
     assert usual[usual.index("--methods") + 1].startswith("mend,ke,enn,malmen,ft,ft-kl,")
     assert other[other.index("--methods") + 1] == "ft,ft-kl"
     assert "--editor" in usual
@@ -232,7 +232,7 @@ def test_a_card_is_shown_beside_the_cpu(tmp_path: Path, monkeypatch: pytest.Monk
     text = (tmp_path / "performance.md").read_text()
     for row in (
         "| ratio | measured (cpu) | measured (cuda) | wanted |",
-        "| peak memory of training over base, editor state and one batch's activations | - | 2 |  |",
+        "| peak memory of training over process, base, editor state and one batch's activations | - | 2 |  |",
         "| a replayed pass over a full one, last 3 of 30 blocks | 0.125 | 0.25 | at most 0.2 |",
         "| 1b | bf16 | 9.0 | 16 | 1.00 | 8.5 GB, 0.50 s a step, 2.00 h for 100,000 edits, edit 7 ms (a card) |",
     ):
