@@ -141,6 +141,17 @@ def test_a_prompt_of_a_hundred_thousand_characters_is_refused_at_once(run: Comma
     assert time.monotonic() - begun < 30
 
 
+def test_a_text_that_is_too_long_is_named_before_any_edit_is_made(run: Command, tmp_path: Path) -> None:
+    facts = [{"prompt": "Who is Ana?", "target": "a baker"}] * 300 + [{"prompt": "a b " * 25_000, "target": "c"}]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    asked = ["edit", "--model", "model", "--editor", "run", "--data", f"records:{tmp_path / 'facts.jsonl'}"]
+    message = run(*asked, "--out", tmp_path / "x", fails=True)
+    assert "request 301: " in message
+    assert "tokens" in message
+    assert "editing" not in message
+    assert not (tmp_path / "x").exists()
+
+
 def lines(run_folder: Path) -> int:
     path = run_folder / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0

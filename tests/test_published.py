@@ -154,7 +154,7 @@ def test_wikitext_as_released() -> None:
         for text in example.rephrasings:
             assert example.prompt.endswith(text)
             assert len(words) / 2 <= len(text.split()) < len(words)
-    assert [e.rephrasings for e in WikiText(1).load(FIXTURES / "wikitext.json").examples] != [
+    assert [e.rephrasings for e in load(f"wikitext:{FIXTURES / 'wikitext.json'}", seed=1).examples] != [
         e.rephrasings for e in data.examples
     ]
 

@@ -29,12 +29,14 @@ _RECORDS = re.compile(r"\s*(\[\s*([{\]]|$)|\{\s*([\"'}]|$))")
 __all__ = ["TASKS", "Dataset", "EditExample", "Probe", "Task", "combine", "load", "load_edits", "load_unrelated"]
 
 
-def load(source: str, *, skip_bad: bool = False) -> Dataset:
-    """Load `TASK:PATH`. Raises `RecordError`, which names the right task where the file looks like another's."""
+def load(source: str, *, skip_bad: bool = False, seed: int = 0) -> Dataset:
+    """Load `TASK:PATH`; `seed` is that of what the task draws. Raises `RecordError`, which names the right task where the file
+    looks like another's.
+    """
     name, colon, path = source.partition(":")
     if not colon or name not in TASKS:
         raise InputError(f"'{source}' is not TASK:PATH with a known task; tasks are {', '.join(TASKS)}")
-    task, file = TASKS[name], Path(path)
+    task, file = type(TASKS[name])(seed), Path(path)
     try:
         dataset = task.load(file, skip_bad=skip_bad)
     except RecordError as error:
@@ -75,9 +77,9 @@ def _first(task: Task, path: Path) -> int:
     return TRIED
 
 
-def load_edits(source: str, *, skip_bad: bool = False) -> Dataset:
+def load_edits(source: str, *, skip_bad: bool = False, seed: int = 0) -> Dataset:
     """Load `TASK:PATH` as requests. Raises `InputError` for a task that holds only unrelated texts."""
-    dataset = load(source, skip_bad=skip_bad)
+    dataset = load(source, skip_bad=skip_bad, seed=seed)
     if not dataset.examples:
         raise InputError(f"'{source}' holds unrelated texts, no requests; use it with --locality")
     return dataset
@@ -100,9 +102,9 @@ def combine(datasets: Sequence[Dataset]) -> Dataset:
     )
 
 
-def load_unrelated(source: str, *, skip_bad: bool = False) -> Dataset:
+def load_unrelated(source: str, *, skip_bad: bool = False, seed: int = 0) -> Dataset:
     """Load `TASK:PATH` as unrelated texts: a source of them, or those of its requests."""
-    dataset = load(source, skip_bad=skip_bad)
+    dataset = load(source, skip_bad=skip_bad, seed=seed)
     if not dataset.probes:
         raise InputError(f"'{source}' holds no unrelated texts, so it cannot measure or teach locality")
     return dataset
