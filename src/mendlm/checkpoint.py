@@ -148,14 +148,13 @@ class Run:
                     f"{self.folder} was trained on another base model ({stored[key].get('name')}, sha256 "
                     f"{stored[key]['sha256'][:12]}...), not on this one ({value['sha256'][:12]}...); resume with that model"
                 )
+            if key == "training" and (before := stored[key].get("optimizer", "adam")) != (now := value["optimizer"]):
+                raise InputError(
+                    f"{self.folder} was trained with the optimizer '{before}', whose state '{now}' cannot take on; resume "
+                    "with the same, or train its editor further in another folder (--from)"
+                )
             if key in ("base", "training"):
                 names = ("dtype", "quantization") if key == "base" else value
-                before, now = stored[key].get("optimizer", "adam"), value.get("optimizer")
-                if key == "training" and before != now:
-                    raise InputError(
-                        f"{self.folder} was trained with the optimizer '{before}', whose state '{now}' cannot take on; resume "
-                        "with the same, or train its editor further in another folder (--from)"
-                    )
                 pairs = {name: [stored[key].get(name), value.get(name)] for name in names}
                 changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
                 if changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mendlm.errors import FormatError, InputError
 from mendlm.files import sha256
 from mendlm.losses import all_by_row
 from mendlm.methods.base import Learned, Method, edits_of
-from mendlm.models import STARTER, base_of, identity, starter_folder
+from mendlm.models import STARTER, STARTER_NAME, base_of, cache_folder, identity
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
 from mendlm.text import Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -88,17 +88,18 @@ class Editor:
 
         Raises `InputError` for several by a method whose statistics follow along, in which edits depend on those before.
         """
-        if len(requests) > 1 and getattr(getattr(self.method, "config", None), "normalizer_follows", False):
+        if len(requests) > 1 and self.method.follows_along:
             raise InputError(
                 f"normalizer_follows is for edits made one after another, and {len(requests)} were asked for together; "
                 "leave it out, or make them one by one"
             )
         examples, texts = self._encode(requests, chat, target_end)
         edits: list[Edit | None] = [None] * len(examples)
+        finished = self._finished()
         for group in by_length([len(text) for text in texts], limit=batch_size):
             batch = self.method.edits(self.model, self.formatter.batch([texts[i] for i in group])) * scale
             for index, own in zip(group, batch.require_finite().unbind(), strict=True):
-                edits[index] = self._on_base(own, self._about(examples[index], scale, chat))
+                edits[index] = finished(own, self._about(examples[index], scale, chat))
         return [edit for edit in edits if edit is not None]
 
     def edit_together(
@@ -120,14 +121,15 @@ class Editor:
         (own,) = made.require_finite().fewest().unbind()
         abouts = [self._about(example, scale, chat) for example in examples]
         parts = [{"request": about.pop("request")} for about in abouts]
-        return self._on_base(own, {**abouts[0], "parts": parts})
+        return self._finished()(own, {**abouts[0], "parts": parts})
 
-    def _on_base(self, own: Edit, about: Mapping[str, Any]) -> Edit:
-        """An edit with what is said about it, and with what the method has changed of the base."""
-        change = self.method.changed_base()
-        if change is None:
-            return replace(own, about=about)
-        return replace(change.detach() + own, about={**about, CHANGED_BASE: change.id})
+    def _finished(self) -> Callable[[Edit, Mapping[str, Any]], Edit]:
+        """What gives an edit all that is said about it, and what the method has changed of the base."""
+        found = self.method.changed_base()
+        if found is None:
+            return lambda own, about: replace(own, about=about)
+        change, base = found.detach(), {CHANGED_BASE: found.id}
+        return lambda own, about: replace(change + own, about={**about, **base})
 
     @torch.no_grad()
     def already_given(
@@ -199,10 +201,12 @@ def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple
     trained_on = about.get("base", {}).get("sha256")
     method.require_fit(model)
     if trained_on and not force and trained_on != identity(model):
+        place = cache_folder() / STARTER_NAME
+        damaged = Path(str(model.config.name_or_path)) == place
         raise FormatError(
             f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
-            f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
-            + (f"; or else the starter's files are damaged: delete {starter_folder()}" if str(source) in SHIPPED else "")
+            f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); "
+            + (f"delete {place}, whose files have changed" if damaged else "train one for this model, or force it")
         )
     return method.beside(model).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
 

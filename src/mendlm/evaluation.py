@@ -115,10 +115,9 @@ class Evaluator:
             raise InputError(f"{what}, but the method '{method.name}' {why}; leave that out")
         self.formatter = Formatter.of(model, tokenizer)
         self.trunk = Trunk.where_possible(model, specs)
-        follows = getattr(getattr(method, "config", None), "normalizer_follows", False)
-        if follows and config.num_edits > 1 and not config.sequential:
+        if method.follows_along and config.num_edits > 1 and not config.sequential:
             raise InputError("normalizer_follows is for edits made one after another: give --sequential too")
-        self.in_turn = method.edits_weights and (config.sequential or follows)
+        self.in_turn = method.edits_weights and (config.sequential or method.follows_along)
         """Whether a group's edits are made one after another."""
 
     def encode(self, example: EditExample, prompt: str, answer: str | None = None) -> Encoded:

@@ -34,6 +34,11 @@ class Method(ABC):
     runs_model: ClassVar[bool] = True
     """Whether an edit takes a pass of the model; else it takes no time of its own, and costs where something is asked."""
 
+    @property
+    def follows_along(self) -> bool:
+        """Whether its statistics keep updating while editing, so that an edit depends on those made before it."""
+        return False
+
     @abstractmethod
     def edit(self, model: Any, batch: Batch) -> Intervention:
         """One independent edit for each example of the batch (a batched `Edit`, for methods that edit weights).

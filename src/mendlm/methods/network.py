@@ -243,6 +243,11 @@ class RowEditor(Learned):
             one, two = (sum(p.numel() for p in cls(specs, replace(config, rank=rank)).parameters()) for rank in (1, 2))
         return max(0, 1 + (parameters - one) // (two - one))
 
+    @property
+    def follows_along(self) -> bool:
+        """Whether the normaliser keeps updating while editing."""
+        return self.config.normalizer_follows
+
     def rates(self) -> list[nn.Parameter]:
         """The logarithm of each layer's learned rate alpha."""
         return [self.log_rates]
