@@ -159,10 +159,11 @@ def row(success: tuple[bool, bool], lost: tuple[bool, bool], **more: Any) -> dic
 def test_targets_given_before_are_counted_apart() -> None:
     rows = (
         [row((True, True), (False, False))] * 3
-        + [row((False, True), (False, False))]
+        + [row((False, True), (False, False), generality=[(False, True), (False, False), (True, True)])]
         + [row((False, False), (False, False))] * 3
     )
     summary = metrics.summarise(rows)
+    assert (summary["edit_success_of_new"]["before"], summary["edit_success_of_new"]["after"]) == (1 / 16, 3 / 16)
     assert (summary["already_given"], summary["success"]["after"]) == (3, 4 / 7)
     assert (summary["success_of_new"]["before"], summary["success_of_new"]["after"]) == (0, 1 / 4)
 

@@ -6,6 +6,7 @@ What the metrics mean:
 - generality: the same, mean over the rephrasings;
 - edit_success: the paper's ES, the mean over the exact prompt and its rephrasings together; edit_success_release: as the
   released code has it, on the first rephrasing alone (on the prompt where there is none);
+- success_of_new, edit_success_of_new: the same without the requests whose target the base model gives to the prompt already;
 - token_accuracy: the share of target tokens that are the argmax, on the exact prompt;
 - new_over_old (Meng et al., 2022): the share of prompts (efficacy) and rephrasings (paraphrase) where the target is likelier
   than the old answer, and of neighbours with that old answer where it is still likelier than the target (neighbourhood);
@@ -138,6 +139,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], *, seed: int = 0, labels: bool 
         },
         "already_given": len(rows) - len(new),
         "success_of_new": before_after([[row["success"]] for row in new]),
+        "edit_success_of_new": before_after([[row["success"], *row["generality"]] for row in new]),
         **{
             f"{name}_{how}": before_after([row.get(f"{name}_{how}", []) for row in rows])
             for how in ("generated", "contained")
