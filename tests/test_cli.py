@@ -171,7 +171,13 @@ def test_edit_of_a_file_together_is_one_folder(run: Command, tmp_path: Path) -> 
     whole = Edit.load(tmp_path / "all")
     assert len(whole.about["parts"]) == 3
     run("generate", *ON[:2], "--edit", tmp_path / "all", "--prompt", "Who is Ana?")
-    run("store", tmp_path / "store", "add", tmp_path / "all")
+    (added,) = run("store", tmp_path / "store", "add", tmp_path / "all")["added"]
+    assert [part["prompt"] for part in added["request"]["parts"]] == [
+        part["request"]["prompt"] for part in whole.about["parts"]
+    ]
+    asked = ["mendlm", "store", str(tmp_path / "store"), "undo"]
+    shown = subprocess.run([sys.executable, "-m", *asked], capture_output=True, text=True, check=True).stdout
+    assert "and 2 more in one" in shown
     said = run("edit", *ON, "--prompt", "a", "--target", "b", "--together", "--out", tmp_path / "b", fails=True)
     assert "--together makes one edit of many requests" in said
 

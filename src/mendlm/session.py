@@ -400,7 +400,9 @@ def addition(edit: Edit, base: Mapping[str, Any], checks: Mapping[str, Any] | No
     """An edit as a store of that base takes it; the store gives it an id of its own."""
     about = {name: value for name, value in edit.about.items() if name != "id"}
     edit = replace(edit, about=about)
-    told: dict[str, Any] = {"request": about.get("request") or {}, "editor": about.get("editor") or {}}
+    parts = [part["request"] for part in about.get("parts") or () if part.get("request")]
+    told: dict[str, Any] = {"request": about.get("request") or ({"parts": parts} if parts else {})}
+    told["editor"] = about.get("editor") or {}
     return Addition(content=edit.to_bytes(), base=base, checks=checks or {}, stack=about.get("stack") or (), **told)
 
 

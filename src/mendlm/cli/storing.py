@@ -49,8 +49,11 @@ def _open(context: typer.Context) -> Store:
 
 
 def _line(record: Record) -> str:
-    prompt, target = (record.request.get(name) for name in ("prompt", "target"))
-    return f"{prompt!r} -> {target!r}" if prompt is not None else f"rows of the edit {record.file[:12]}"
+    parts = record.request.get("parts")
+    one = parts[0] if parts else record.request
+    if one.get("prompt") is None:
+        return f"rows of the edit {record.file[:12]}"
+    return f"{one['prompt']!r} -> {one.get('target')!r}" + (f" and {len(parts) - 1} more in one" if parts else "")
 
 
 @app.command()
