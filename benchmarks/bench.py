@@ -135,9 +135,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that runs, with `-dirty` where files differ from it."""
-    described = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    """The commit that runs, with `-dirty` where files differ from it, those that benchmarks write apart."""
+    code = [":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs/images"]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
+    return _git("describe", "--always") + "-dirty" * bool(changed)
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _lines(path: str) -> list[str]:
