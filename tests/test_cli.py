@@ -19,6 +19,7 @@ from cases import byte_tokenizer, other, tiny
 from mendlm.apply import Edit, applied
 from mendlm.checkpoint import load_editor
 from mendlm.cli import main
+from mendlm.cli.common import one_line
 from mendlm.cli.learning import rank_for
 from mendlm.files import sha256
 from mendlm.layers import default_layers, select
@@ -163,6 +164,15 @@ def test_edit_of_a_file_is_one_folder_a_record(run: Command, tmp_path: Path) -> 
     batched, alone = Edit.load(Path(made["edits"][1])), Edit.load(tmp_path / "single")
     for name, update in alone.updates.items():
         torch.testing.assert_close(batched.updates[name].dense(), update.dense(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_setting_is_judged_before_the_model_is_loaded(run: Command, tmp_path: Path) -> None:
+    asked = ("edit", "--model", "nowhere", "--method", "ft", "--prompt", "a", "--target", "b", "--out", tmp_path / "x")
+    assert "one of the paper's by name" in run(*asked, "--set", "rate=paper-bert", fails=True)
+
+
+def test_a_line_holds_nothing_that_a_terminal_obeys() -> None:
+    assert one_line("a\x1b[2J\n b\x00\x9b é 日") == "a\\x1b[2J b\\x00\\x9b é 日"
 
 
 def test_edit_of_a_file_together_is_one_folder(run: Command, tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_the_methods_names_are_those_of_the_registry() -> None:
         FineTune(default_layers(model), FineTuneKLConfig())
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"edit_weight": 0.0}, {"kl_weight": -1.0}])
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"edit_weight": 0.0}, {"kl_weight": -1.0}, {"kl_weight": float("nan")}])
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         FineTuneConfig(**wrong)

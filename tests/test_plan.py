@@ -163,14 +163,18 @@ def test_layers_are_chosen_where_no_default_is_known(place: Path, capsys: pytest
 
 
 def test_the_command_plans_the_trunk_cache_that_training_fills(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def planned(model: str, dtype: str) -> Any:
+    def planned(model: str, dtype: str, *more: str) -> Any:
         with pytest.raises(SystemExit) as stop:
-            main(["inspect", model, "--plan", "--rank", "4", "--data", "records:facts.jsonl", "--dtype", dtype, "--json"])
+            main(
+                ["inspect", model, "--plan", "--rank", "4", "--data", "records:facts.jsonl", "--dtype", dtype, "--json", *more]
+            )
         assert not stop.value.code
         return json.loads(capsys.readouterr().out)["trunk_cache_bytes"]
 
     expected = states_bytes(tiny("llama"), Formatter.of(tiny("llama"), byte_tokenizer()), [load_edits("records:facts.jsonl")])
     assert planned("model", "float32") == expected == 2 * planned("model", "bfloat16")
+    (place / "text.txt").write_text("the river runs through the old city and on " * 9)
+    assert planned("model", "float32", "--data", "text:text.txt") > expected
     tiny("t5").save_pretrained(place / "t5")  # whose blocks pass on more than hidden states
     byte_tokenizer().save_pretrained(place / "t5")
     assert planned("t5", "float32") is None

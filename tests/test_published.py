@@ -187,6 +187,17 @@ def test_a_sample_that_begins_as_its_passage_goes_on_keeps_its_beginning(passage
     assert (example.prompt, example.target) == ("The town of Rome and", " its long river")
 
 
+@pytest.mark.parametrize("field", ["locality", "portability"])
+def test_counterfact_does_not_drop_what_is_knowedits(field: str, tmp_path: Path) -> None:
+    record = {
+        "prompt": "Ana is a",
+        "target_new": "baker",
+        field: {"Reasoning": [{"prompt": "Ana sells", "ground_truth": "bread"}]},
+    }
+    with pytest.raises(RecordError, match="KnowEdit"):
+        load(f"counterfact:{written(tmp_path, record)}")
+
+
 def test_counterfact_as_published() -> None:
     first, second = read("counterfact-nested.json").examples
     assert first == EditExample(

@@ -137,10 +137,7 @@ class Evaluator:
         if not self.method.edits_weights:
             other: Any = self.method.edit(self.model, self.formatter.batch(texts))
             return cast("Intervention", other.grouped(k))
-        return self._edit_batch(texts, k)
-
-    def _edit_batch(self, texts: list[Encoded], together: int) -> Edit:
-        made = edits_of(self.method, self.model, self.formatter, texts, together, self.config.batch_size)
+        made = edits_of(self.method, self.model, self.formatter, texts, k, self.config.batch_size)
         return (made * self.config.scale).require_finite()
 
     @torch.no_grad()

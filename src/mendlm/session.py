@@ -401,8 +401,8 @@ def addition(edit: Edit, base: Mapping[str, Any], checks: Mapping[str, Any] | No
     about = {name: value for name, value in edit.about.items() if name != "id"}
     edit = replace(edit, about=about)
     parts = [part["request"] for part in about.get("parts") or () if part.get("request")]
-    told: dict[str, Any] = {"request": about.get("request") or ({"parts": parts} if parts else {})}
-    told["editor"] = about.get("editor") or {}
+    request = about.get("request") or ({"parts": parts} if parts else {})
+    told: dict[str, Any] = {"request": request, "editor": about.get("editor") or {}}
     return Addition(content=edit.to_bytes(), base=base, checks=checks or {}, stack=about.get("stack") or (), **told)
 
 

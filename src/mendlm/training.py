@@ -563,7 +563,8 @@ def _every(formatter: Formatter, source: Dataset, locality_tokens: int) -> Itera
     for example in source.examples:
         for prompt in (example.prompt, *example.rephrasings):
             yield formatter.encode(prompt, example.target)
-    for probe in itertools.chain(source.probes, *(example.unrelated for example in source.examples)):
+    unrelated = (example.unrelated for example in source.examples)
+    for probe in dict.fromkeys(itertools.chain(source.probes, *unrelated)):  # a whole file's probes are those of its examples
         text = formatter.encode(probe.prompt, probe.answer)
         extra = max(0, len(text.target) - locality_tokens)
         for start in range(extra + 1 if formatter.family == "causal" else 1):

@@ -69,6 +69,11 @@ def emit(as_json: bool, content: dict[str, Any], text: str) -> None:
     sys.stdout.write((json.dumps(content, ensure_ascii=False) if as_json else text) + "\n")
 
 
+def one_line(text: str) -> str:
+    """A text on one line, without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], " ".join(text.split()))
+
+
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table."""
     from rich.console import Console

@@ -49,7 +49,9 @@ def demo(
         content = {"prompt": prompt, "target": target, "answers": [asdict(shown) for shown in seen.shown], **facts}
         common.emit(True, content, "")
         return
-    rows = [(s.kind, s.prompt, _line(s.before), _line(s.under), _line(s.after)) for s in seen.shown]
+    rows = [
+        (s.kind, s.prompt, common.one_line(s.before), common.one_line(s.under), common.one_line(s.after)) for s in seen.shown
+    ]
     common.table(f"{prompt!r} -> {target!r}", ("", "prompt", "before", "with the edit", "edit taken off"), rows)
     taken = "the same to the bit" if seen.bit_equal else "NOT the same"
     common.emit(
@@ -58,10 +60,6 @@ def demo(
         f"The edit took {seen.milliseconds:.0f} ms: {seen.edit.rows} rows in each of {len(seen.edit.updates)} layers, "
         f"{seen.edit.nbytes:,} bytes.\nAfter taking it off, all logits were compared with those before it: {taken}.",
     )
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 @common.loads_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -225,20 +224,15 @@ def _told(content: dict[str, Any], indent: str = "") -> list[str]:
             inside = _told(value, indent + "  ")
             lines += [f"{indent}{name}:", *inside] if inside else []
         elif isinstance(value, list):
-            shown = (_flat(one["prompt"]) if isinstance(one, dict) else _flat(str(one)) for one in value)
+            shown = (common.one_line(one["prompt"]) if isinstance(one, dict) else common.one_line(str(one)) for one in value)
             lines += [f"{indent}{name}: {' | '.join(shown)}"] if value else []
         elif value not in (None, ""):
-            lines.append(f"{indent}{name}: {_flat(str(value))}")
+            lines.append(f"{indent}{name}: {common.one_line(str(value))}")
     return lines
 
 
-def _flat(text: str) -> str:
-    """A text on one line, without control characters, which a terminal would obey."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], " ".join(text.split()))
-
-
 def _answers(asked: dict[str, Any]) -> tuple[str, str, str, str]:
-    return asked["kind"], _flat(asked["prompt"]), _flat(asked["before"]), _flat(asked["after"])
+    return asked["kind"], common.one_line(asked["prompt"]), common.one_line(asked["before"]), common.one_line(asked["after"])
 
 
 def _holds(asked: dict[str, Any]) -> str:
