@@ -90,8 +90,8 @@ def test_the_papers_driver_publishes_its_commands_and_the_machine(tmp_path: Path
 def test_the_papers_driver_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     paper = importlib.import_module("paper")
-    order = ["gpt-counterfact", "gpt-zsre", "t5-zsre", "fever-bert", "gpt2-wikitext", "bart-zsre"]
-    order += ["many", "many-in-turn", "ablations"]
+    order = ["gpt-counterfact", "gpt-counterfact-tuned", "gpt-zsre", "gpt-zsre-tuned", "t5-zsre", "fever-bert"]
+    order += ["gpt2-wikitext", "bart-zsre", "many", "many-in-turn", "ablations"]
     assert list(paper.PARTS) == order
     assert all(part.limit >= 200 for part in paper.PARTS.values())
     data, work = tmp_path / "data", tmp_path / "work"
@@ -139,18 +139,32 @@ def test_the_papers_driver_scores_fine_tuning_at_the_papers_rate_too(tmp_path: P
     monkeypatch.setattr(paper.Driver, "editors", lambda *_: [("", "mend", 1, Path("run"))])
     monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
     monkeypatch.setattr(paper.Driver, "publish", lambda _, name, variants: published.append(variants))
-    paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("gpt-zsre")
-    usual, other = asked["compare gpt-zsre"], asked["compare gpt-zsre paper rate"]
+    paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("fever-bert")
+    usual, other = asked["compare fever-bert"], asked["compare fever-bert paper rate"]
     assert published == [[""], ["", "paper rate"]]
     assert usual[usual.index("--methods") + 1].startswith("mend,ke,enn,malmen,ft,ft-kl,")
     assert other[other.index("--methods") + 1] == "ft,ft-kl"
     assert "--editor" in usual
     assert "--editor" not in other
     assert not [word for word in usual if "rate=" in word]
+    assert {"ft.rate=paper-small", "ft-kl.rate=paper-small"} <= set(other)
+
+
+def test_the_papers_driver_tunes_the_starter_in_parts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    paper = importlib.import_module("paper")
+    asked: dict[str, list[str]] = {}
+    monkeypatch.setattr(paper.Driver, "divide", lambda _: None)
+    monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
+    monkeypatch.setattr(paper.Driver, "publish", lambda *_: None)
+    paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("gpt-zsre-tuned")
+    assert list(asked) == ["compare gpt-zsre-tuned", "compare gpt-zsre-tuned paper rate"]
+    usual, other = asked.values()
+    assert usual[usual.index("--methods") + 1] == "ft-kl"
+    assert other[other.index("--methods") + 1] == "ft,ft-kl"
     assert {"ft.rate=paper-gpt", "ft-kl.rate=paper-gpt"} <= set(other)
-    layers = {word for word in other if ".layers=" in word}
-    assert {word.split(".")[0] for word in layers} == {"ft", "ft-kl"}
-    assert layers < set(usual)
+    for words, methods in ((usual, {"ft-kl"}), (other, {"ft", "ft-kl"})):
+        assert {word.split(".")[0] for word in words if ".layers=" in word} == methods
 
 
 @pytest.mark.slow
