@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from cases import byte_tokenizer, inputs, tiny
 from mendlm.apply import applied
@@ -158,17 +157,6 @@ def test_an_editor_of_another_base_is_refused_unless_forced(tmp_path: Path) -> N
     edit.require_base(model)
     with pytest.raises(FormatError, match="another base model"):
         edit.require_base(other)
-
-
-def test_a_starter_whose_files_have_changed_is_to_be_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MENDLM_CACHE", str(tmp_path / "cache"))
-    folder = saved_for(tiny("llama"), tmp_path)
-    changed = transformers.LlamaForCausalLM(tiny("llama").config)
-    for place, advice in {"cache/smollm2-135m-instruct": "; delete .*, whose files have changed$", "x": "; train one"}.items():
-        changed.save_pretrained(tmp_path / place)
-        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / place)
-        with pytest.raises(FormatError, match=f"another base model .*{advice}"):
-            Editor.load(folder, loaded, byte_tokenizer())
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -170,6 +170,21 @@ def test_the_starter_is_unpacked_once(tmp_path: Path, cache: Path, monkeypatch: 
     assert [entry.name for entry in cache.iterdir()] == [models.STARTER_NAME]
 
 
+def test_a_starter_whose_weights_have_changed_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, model = cache / models.STARTER_NAME, tiny("llama")
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(models, "STARTER_IDENTITY", identity(model))
+    load()
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for source in ("starter", folder):
+        with pytest.raises(ModelError, match=f"files in {folder} have changed; delete the folder"):
+            load(source)
+
+
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dequantise(gguf: Path, out: Path) -> None:
         (out / "model.safetensors").write_bytes(b"half")

@@ -17,7 +17,7 @@ from mendlm.errors import FormatError, InputError
 from mendlm.files import sha256
 from mendlm.losses import all_by_row
 from mendlm.methods.base import Learned, Method, edits_of
-from mendlm.models import STARTER, STARTER_NAME, base_of, cache_folder, identity
+from mendlm.models import STARTER, base_of, identity
 from mendlm.tasks import EditExample
 from mendlm.tasks.base import is_question
 from mendlm.text import Encoded, Formatter, TargetEnd, by_length, scored_logits, target_ends
@@ -97,8 +97,9 @@ class Editor:
         edits: list[Edit | None] = [None] * len(examples)
         finished = self._finished()
         for group in by_length([len(text) for text in texts], limit=batch_size):
-            batch = self.method.edits(self.model, self.formatter.batch([texts[i] for i in group])) * scale
-            for index, own in zip(group, batch.require_finite().unbind(), strict=True):
+            some = [texts[i] for i in group]
+            batch = edits_of(self.method, self.model, self.formatter, some, 1, batch_size, scale).require_finite()
+            for index, own in zip(group, batch.unbind(), strict=True):
                 edits[index] = finished(own, self._about(examples[index], scale, chat))
         return [edit for edit in edits if edit is not None]
 
@@ -117,7 +118,7 @@ class Editor:
         if not requests:
             raise InputError("no requests were given; give one at least")
         examples, texts = self._encode(requests, chat, target_end)
-        made = edits_of(self.method, self.model, self.formatter, texts, len(texts), batch_size) * scale
+        made = edits_of(self.method, self.model, self.formatter, texts, len(texts), batch_size, scale)
         (own,) = made.require_finite().fewest().unbind()
         abouts = [self._about(example, scale, chat) for example in examples]
         parts = [{"request": about.pop("request")} for about in abouts]
@@ -201,12 +202,9 @@ def load_method(source: str | Path, model: Any, *, force: bool = False) -> tuple
     trained_on = about.get("base", {}).get("sha256")
     method.require_fit(model)
     if trained_on and not force and trained_on != identity(model):
-        place = cache_folder() / STARTER_NAME
-        damaged = Path(str(model.config.name_or_path)) == place
         raise FormatError(
             f"the editor '{source}' was trained on another base model ({about['base'].get('name')}, sha256 "
-            f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); "
-            + (f"delete {place}, whose files have changed" if damaged else "train one for this model, or force it")
+            f"{trained_on[:12]}...), not on this one ({identity(model)[:12]}...); train one for this model, or force it"
         )
     return method.beside(model).eval(), {**about, "source": Path(source).name, "sha256": sha256(path)}
 

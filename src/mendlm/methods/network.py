@@ -62,10 +62,14 @@ class NetworkConfig:
     """Where each layer's learned rate alpha starts."""
     normalizer_follows: bool = False
     """Let the statistics keep updating while editing, instead of freezing them after the first pass."""
+    refine: int = 0
+    """The most steps by which an edit that has not taken is refined (`mendlm.methods.refine`); none of it while training."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}")
+        if self.refine < 0:
+            raise InputError(f"refine is a number of steps, 0 for none, got {self.refine}")
         if not self.initial_rate > 0:
             raise InputError(f"initial_rate must be above 0, got {self.initial_rate}")
 
@@ -247,6 +251,11 @@ class RowEditor(Learned):
     def follows_along(self) -> bool:
         """Whether the normaliser keeps updating while editing."""
         return self.config.normalizer_follows
+
+    @property
+    def refine(self) -> int:
+        """The most steps by which an edit that has not taken is refined."""
+        return self.config.refine
 
     def rates(self) -> list[nn.Parameter]:
         """The logarithm of each layer's learned rate alpha."""
