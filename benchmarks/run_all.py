@@ -219,6 +219,7 @@ CLAIMS: tuple[tuple[str, str, str, str], ...] = (
     ("training", "shipped blocks.ratio", "training step over the oracle, shipped blocks", ""),
     ("training-1b", "last 3 of 16 blocks.ratio", "training step over the oracle in the 1B shape, last 3 blocks", "100"),
     ("editing", "edit_over_floor", "one edit over one forward and one backward pass", "at most 1.5"),
+    ("editing", "finished_over_floor", "the same, seen to have taken", ""),
     ("editing", "one_by_one_over_edit_many.256", "256 edits one by one over `edit_many`", "2"),
     ("editing", "one_by_one_over_edit_many.1000", "the same of 1,000", "2.5"),
     ("batches", "tenfold", "seconds for 1,000 edits over those for 100", "about 10"),

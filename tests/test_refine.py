@@ -13,12 +13,14 @@ from cases import byte_tokenizer, tiny
 from mendlm.apply import Edit, applied
 from mendlm.editor import Editor
 from mendlm.errors import InputError
+from mendlm.layers import default_layers
 from mendlm.losses import token_nll
 from mendlm.methods import refine
 from mendlm.methods.base import edits_of
 from mendlm.methods.mend import MendConfig
-from mendlm.methods.refine import RATE, refined
-from mendlm.text import Encoded, Formatter, scored_logits
+from mendlm.methods.refine import RATE, passed, refined
+from mendlm.replay import Trunk
+from mendlm.text import Encoded, Formatter, by_length, scored_logits
 from test_checkpoint import perturbed
 
 STEPS, SCALE = 300, 100.0
@@ -34,6 +36,13 @@ def sure(name: str) -> Any:
 
 def encoded(form: Formatter) -> list[Encoded]:
     return [form.encode(prompt, target) for prompt, target in FACTS]
+
+
+def again(model: Any, form: Formatter, edits: Edit, texts: list[Encoded], steps: int, limit: int = 8) -> Edit:
+    """Edits as they were made, refined."""
+    trunk = Trunk.below(model, default_layers(model))
+    groups = by_length([len(text) for text in texts], limit=limit)
+    return refined(model, form, edits, texts, steps, trunk, [passed(model, form, texts, group, trunk) for group in groups])
 
 
 def state(model: Any, form: Formatter, edit: Edit, text: Encoded) -> tuple[bool, float]:
@@ -86,7 +95,7 @@ def test_steps_are_adams_on_delta_in_units_of_its_own_size() -> None:
             second.mul_(0.99).add_(0.01 * leaf.grad**2)
             root = (second / (1 - 0.99**step)).sqrt() + 1e-8
             deltas[name] = deltas[name] - RATE * size[name] * first / (1 - 0.9**step) / root
-    found = refined(model, form, edit, [text], 3, 8)
+    found = again(model, form, edit, [text], 3)
     for name, update in found.updates.items():
         torch.testing.assert_close(update.delta, deltas[name], rtol=1e-4, atol=1e-5 * size[name].item())
 
@@ -96,21 +105,21 @@ def test_a_batch_is_refined_as_each_alone_and_what_has_taken_is_left_alone() -> 
     form = Formatter.of(model, byte_tokenizer())
     texts = encoded(form)
     plain = edits_of(method, model, form, texts, 1, 8, SCALE)
-    good = refined(model, form, plain[1:2], texts[1:2], STEPS, 8)  # one that has taken, between those that have not
+    good = again(model, form, plain[1:2], texts[1:2], STEPS)  # one that has taken, between those that have not
     mixed = {name: u.delta.clone() for name, u in plain.updates.items()}
     for name, delta in mixed.items():
         delta[1] = good.updates[name].delta[0]
     start = replace(plain, updates={name: replace(u, delta=mixed[name]) for name, u in plain.updates.items()})
-    found = refined(model, form, start, texts, 7, 2)
+    found = again(model, form, start, texts, 7, 2)
     for name, update in found.updates.items():
         assert torch.equal(update.delta[1], mixed[name][1])
     for place in (0, 2, 3):
-        (alone,) = refined(model, form, plain[place : place + 1], [texts[place]], 7, 2).unbind()
+        (alone,) = again(model, form, plain[place : place + 1], [texts[place]], 7).unbind()
         own = found[place : place + 1].unbind()[0]
         for name, update in alone.updates.items():
             scale = update.delta.square().mean().sqrt().item()
             torch.testing.assert_close(own.updates[name].delta, update.delta, rtol=1e-3, atol=0.02 * scale)
-    assert refined(model, form, plain, texts, 0, 8) is plain
+    assert again(model, form, plain, texts, 0) is plain
 
 
 def test_edits_made_at_once_are_refined_on_all_their_requests() -> None:

@@ -68,7 +68,7 @@ def edit(
     model: common.Model = "starter",
     editor: common.EditorOption = None,
     method: common.MethodOption = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of an untrained method; may repeat.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the method; may repeat.")] = None,
     locality: Annotated[
         list[str] | None, typer.Option("--locality", help="TASK:PATH of texts that ft-kl watches; may repeat.")
     ] = None,

@@ -15,9 +15,10 @@ from mendlm.apply import Edit, Intervention, join
 from mendlm.errors import InputError, LayerError
 from mendlm.layers import LayerSpec, editable
 from mendlm.losses import token_nll
-from mendlm.methods.refine import refined
+from mendlm.methods.refine import Pass, refined
 from mendlm.models import as_device, device_of, is_sharded
 from mendlm.recording import Gradient, record
+from mendlm.replay import Trunk
 from mendlm.text import Batch, Encoded, Formatter, by_length, scored_logits, short_attention, tensor_on
 
 Group = tuple[Sequence[int], Callable[[], Edit]]
@@ -181,17 +182,22 @@ def edits_of(
 
     Made in batches of at most `limit` texts of like length.
     """
+    trunk = Trunk.where_possible(model, method.specs) if isinstance(method, Learned) and method.refine else Trunk(())
+    seen: dict[int, Pass] = {}
 
     def made(make: Callable[[Any, Batch], Edit], group: list[int]) -> Edit:
-        return make(model, formatter.batch([texts[i] for i in group]))
+        batch = formatter.batch([texts[i] for i in group])
+        with trunk.record() as tape:
+            edits = make(model, batch)
+        seen[group[0]] = group, batch, tape  # a method may make a group twice
+        return edits
 
     groups = by_length([len(text) for text in texts], limit=limit)
     if size == 1:
         edits = in_order([(group, made(method.edits, group)) for group in groups])
     else:
-        parts = [(group, functools.partial(made, method.parts, group)) for group in groups]
-        edits = in_order(method.together(parts, size))
-    return refined(model, formatter, edits * scale, texts, method.refine, limit)
+        edits = in_order(method.together([(group, functools.partial(made, method.parts, group)) for group in groups], size))
+    return refined(model, formatter, edits * scale, texts, method.refine, trunk, list(seen.values()))
 
 
 def in_order(batches: Sequence[tuple[Sequence[int], Edit]]) -> Edit:

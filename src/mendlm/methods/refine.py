@@ -18,53 +18,67 @@ import torch
 from mendlm.apply import Edit
 from mendlm.losses import all_by_row, token_nll
 from mendlm.lowrank import LowRank
-from mendlm.text import Encoded, Formatter, by_length, scored_logits, short_attention, tensor_on
+from mendlm.replay import Tape, Trunk
+from mendlm.text import Batch, Encoded, Formatter, by_length, scored_logits, short_attention, tensor_on
 
 RATE = 0.03
 """Adam's rate, in units of the root mean square of a layer's `delta`."""
 ENOUGH = 0.1
 """An edit is left alone where every token of its targets is the likeliest and the mean NLL of each target at most this."""
 
+Pass = tuple[list[int], Batch, Tape]
+"""Texts by number, together, and what the trunk makes of them."""
+
+
+def passed(model: Any, formatter: Formatter, texts: Sequence[Encoded], places: list[int], trunk: Trunk) -> Pass:
+    """Some of the texts, with their trunk run."""
+    batch = formatter.batch([texts[place] for place in places])
+    return places, batch, trunk.run(model, batch.inputs)
+
 
 @torch.enable_grad()
-def refined(model: Any, formatter: Formatter, edits: Edit, texts: Sequence[Encoded], steps: int, limit: int) -> Edit:
+def refined(
+    model: Any, formatter: Formatter, edits: Edit, texts: Sequence[Encoded], steps: int, trunk: Trunk, passes: Sequence[Pass]
+) -> Edit:
     """A batch of edits, each for as many consecutive texts as it has share of them, after at most `steps` steps of each.
 
-    Passes have at most `limit` texts. With 0 steps the edits come back as they are.
+    `passes` hold all texts as they were recorded; the first look replays their trunk. With 0 steps nothing changes.
     """
     if not steps:
         return edits
-    edits, size = edits.detach(), len(texts) // len(edits)
+    edits, size, most = edits.detach(), len(texts) // len(edits), max(len(places) for places, _, _ in passes)
     sizes = {name: _size(update) for name, update in edits.updates.items()}
     shifts = {name: torch.zeros_like(update.delta) for name, update in edits.updates.items()}
     optimizer = torch.optim.Adam(shifts.values(), lr=RATE, betas=(0.9, 0.99))
-    missed, now = list(range(len(edits))), edits
-    for left in range(steps, -1, -1):
-        deltas = {name: (u.delta + sizes[name] * shifts[name]).requires_grad_() for name, u in edits.updates.items()}
-        now = replace(edits, updates={name: LowRank(u.u, deltas[name]) for name, u in edits.updates.items()})
-        asked = [place for edit in missed for place in range(edit * size, (edit + 1) * size)]
-        failed = set()
-        for group in by_length([len(texts[place]) for place in asked], limit=limit):
-            places = [asked[i] for i in group]
-            batch = formatter.batch([texts[place] for place in places])
+    now = edits
+    for look in range(steps + 1):  # the first without a graph, since most edits have taken
+        deltas = {name: update.delta.requires_grad_(look > 0) for name, update in now.updates.items()}
+        missed: set[int] = set()
+        for places, batch, tape in passes:
             routing = tensor_on(formatter.device, [place // size for place in places])
-            with now.on(model, routing), short_attention(model, batch):
+            with trunk.replay(tape), now.on(model, routing), short_attention(model, batch):
                 logits = scored_logits(model, batch)
             nll = token_nll(logits, batch.label, batch.row, batch.size)
             taken = all_by_row(logits.argmax(-1) == batch.label, batch.row, batch.size) & (nll <= ENOUGH)
-            failed |= {place // size for place, well in zip(places, taken.tolist(), strict=True) if not well}
-            if left:
-                torch.autograd.backward(nll.sum(), inputs=list(deltas.values()))
-        missed = sorted(failed)
-        if not missed or not left:
+            lacking = {place // size for place, well in zip(places, taken.tolist(), strict=True) if not well}
+            if look and lacking:
+                torch.autograd.backward(nll[~taken].sum(), inputs=list(deltas.values()))
+            missed |= lacking
+        if not missed:
             break
-        done = torch.tensor([edit not in failed for edit in range(len(edits))], device=formatter.device)
-        held = [shift[done] for shift in shifts.values()]
-        for name, shift in shifts.items():
-            shift.grad = deltas[name].grad
-        optimizer.step()
-        for shift, kept in zip(shifts.values(), held, strict=True):
-            shift[done] = kept
+        if look:
+            done = torch.tensor([edit not in missed for edit in range(len(edits))], device=formatter.device)
+            held = [shift[done] for shift in shifts.values()]
+            for name, shift in shifts.items():
+                shift.grad = deltas[name].grad
+            optimizer.step()
+            for shift, kept in zip(shifts.values(), held, strict=True):
+                shift[done] = kept
+            moved = {name: LowRank(u.u, u.delta + sizes[name] * shifts[name]) for name, u in edits.updates.items()}
+            now = replace(edits, updates=moved)
+        asked = [place for place in range(len(texts)) if place // size in missed]
+        groups = by_length([len(texts[place]) for place in asked], limit=most)
+        passes = [passed(model, formatter, texts, [asked[i] for i in group], trunk) for group in groups]
     return now.detach()
 
 
