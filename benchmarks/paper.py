@@ -74,6 +74,8 @@ class Part:
     """Train each count's editor further from that of the count before."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     """Name -> settings: the ablations, of the first learned method."""
+    refine: int = 0
+    """Steps by which the learned methods' edits are refined, where they are scored so, too."""
     rate: str = ""
     """The paper's rate for FT and FT+KL, by its name, at which they are scored too; empty where it is their default."""
 
@@ -90,6 +92,8 @@ BOTH = ("counterfact:{data}/counterfact-train.json", *ZSRE * 3)
 WEIGHTS = ("edit_weight=1.0", "locality_weight=1.0")
 RATE, TUNED = "paper rate", ("ft", "ft-kl")
 """Fine-tuning at the paper's rate: what its cells are called, and whose they are."""
+REFINED = "refined"
+"""What cells of refined edits are called."""
 MIDDLE = tuple(f"model.layers.{block}.mlp.*" for block in (22, 23, 24))
 ATTENTION = 'editor.layers=["*.layers.[23].self_attn.q_proj", "*.layers.[23].self_attn.v_proj"]'
 VARIANTS = {
@@ -177,6 +181,7 @@ PARTS: dict[str, Part] = {
     ),
     "many": MANY,
     "many-in-turn": replace(MANY, learned=("mend", "malmen"), counts=(5, 25), editors="many", sequential=True),
+    "many-refined": replace(MANY, learned=("mend",), counts=(1, 5, 25), editors="many", refine=20),
     "ablations": Part(
         "bart-small",
         ZSRE,
@@ -330,6 +335,9 @@ class Driver:
         if part.rate:
             compare(RATE, TUNED, [*placed(TUNED), *(f"{method}.rate={part.rate}" for method in TUNED)])
             self.publish(name, [*groups, RATE])
+        if part.refine:
+            compare(REFINED, part.learned, [f"{method}.refine={part.refine}" for method in part.learned], *groups[""])
+            self.publish(name, [*groups, REFINED])
 
     def logs(self, name: str) -> dict[str, dict[str, list[float]]]:
         """Run -> what its training logged, step by step."""

@@ -91,7 +91,7 @@ def test_the_papers_driver_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     paper = importlib.import_module("paper")
     order = ["gpt-counterfact", "gpt-counterfact-tuned", "gpt-zsre", "gpt-zsre-tuned", "t5-zsre", "fever-bert"]
-    order += ["gpt2-wikitext", "bart-zsre", "many", "many-in-turn", "ablations"]
+    order += ["gpt2-wikitext", "bart-zsre", "many", "many-in-turn", "many-refined", "ablations"]
     assert list(paper.PARTS) == order
     assert all(part.limit >= 200 for part in paper.PARTS.values())
     data, work = tmp_path / "data", tmp_path / "work"
@@ -148,6 +148,27 @@ def test_the_papers_driver_scores_fine_tuning_at_the_papers_rate_too(tmp_path: P
     assert "--editor" not in other
     assert not [word for word in usual if "rate=" in word]
     assert {"ft.rate=paper-small", "ft-kl.rate=paper-small"} <= set(other)
+
+
+def test_the_papers_driver_scores_edits_refined_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    paper = importlib.import_module("paper")
+    asked: dict[str, list[str]] = {}
+    published: list[list[str]] = []
+    monkeypatch.setattr(paper.Driver, "divide", lambda _: None)
+    monkeypatch.setattr(paper.Driver, "prepare", lambda *_: None)
+    monkeypatch.setattr(paper.Driver, "base", lambda *_: "base")
+    monkeypatch.setattr(paper.Driver, "editors", lambda *_: [("", "mend", 5, Path("run"))])
+    monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
+    monkeypatch.setattr(paper.Driver, "publish", lambda _, name, variants: published.append(variants))
+    paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("many-refined")
+    plain, refined = asked["compare many-refined"], asked["compare many-refined refined"]
+    assert published == [[""], ["", "refined"]]
+    assert "mend.refine=20" in refined
+    assert "mend.refine=20" not in plain
+    for words in (plain, refined):
+        assert words[words.index("--methods") + 1] == "mend"
+        assert words[words.index("--editor") + 1] == "mend@5=run"
 
 
 def test_the_papers_driver_tunes_the_starter_in_parts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
