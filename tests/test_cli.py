@@ -409,6 +409,18 @@ def test_sweep_refuses(run: Command, tmp_path: Path, what: tuple[str, ...], mess
     assert not (tmp_path / "s").exists()
 
 
+def test_refining_is_set_where_edits_are_made(run: Command, tmp_path: Path) -> None:
+    what = (*ON, "--data", "records:facts.jsonl", "--out")
+    found = run("eval", *what, tmp_path / "e", "--set", "refine=2")
+    assert found["method_config"]["refine"] == 2
+    message = "refine is a number of steps, 0 for none, got -1"
+    assert message in run("eval", *what, tmp_path / "x", "--set", "refine=-1", fails=True)
+    assert "'refine' is no setting here" in run(
+        "eval", *what, tmp_path / "x", "--method", "ke", "--set", "refine=2", fails=True
+    )
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_normaliser_may_follow_along_while_editing(run: Command, tmp_path: Path) -> None:
     found = [
         run(

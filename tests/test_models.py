@@ -181,7 +181,7 @@ def test_a_starter_whose_weights_have_changed_is_not_used(cache: Path, monkeypat
     content[-1] ^= 1
     file.write_bytes(content)
     for source in ("starter", folder):
-        with pytest.raises(ModelError, match=f"files in {folder} have changed; delete the folder"):
+        with pytest.raises(ModelError, match=f"weights in {folder} have changed; delete the folder"):
             load(source)
 
 

@@ -11,15 +11,19 @@ import torch
 
 from cases import byte_tokenizer, tiny
 from mendlm.apply import Edit, applied
-from mendlm.editor import Editor
-from mendlm.errors import InputError
+from mendlm.checkpoint import load_editor
+from mendlm.editor import Editor, editor_file
+from mendlm.errors import InputError, NumericalError
+from mendlm.evaluation import EvaluationConfig, Evaluator, evaluate
 from mendlm.layers import default_layers
 from mendlm.losses import token_nll
-from mendlm.methods import refine
+from mendlm.methods import base, refine
 from mendlm.methods.base import edits_of
+from mendlm.methods.malmen import Malmen, MalmenConfig
 from mendlm.methods.mend import MendConfig
 from mendlm.methods.refine import RATE, passed, refined
 from mendlm.replay import Trunk
+from mendlm.tasks import Dataset, EditExample
 from mendlm.text import Encoded, Formatter, by_length, scored_logits
 from test_checkpoint import perturbed
 
@@ -145,3 +149,119 @@ def test_an_editor_refines_its_edits_at_the_strength_asked_for() -> None:
 def test_refining_is_a_number_of_steps() -> None:
     with pytest.raises(InputError, match="refine is a number of steps, 0 for none, got -1"):
         MendConfig(refine=-1)
+
+
+def test_every_token_must_be_the_likeliest_and_the_target_likely(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = sure("llama"), perturbed(refine=STEPS)
+    form = Formatter.of(model, byte_tokenizer())
+    texts = encoded(form)
+    monkeypatch.setattr(refine, "ENOUGH", 100.0)
+    states = [
+        state(model, form, edit, text)
+        for edit, text in zip(edits_of(method, model, form, texts, 1, 8, SCALE).unbind(), texts, strict=True)
+    ]
+    assert all(right for right, _ in states)
+    assert max(nll for _, nll in states) > 0.1
+
+
+def test_a_step_is_taken_for_the_requests_that_lack() -> None:
+    model, method = sure("llama"), perturbed()
+    form = Formatter.of(model, byte_tokenizer())
+    texts = encoded(form)[:2]
+    start = again(model, form, edits_of(method, model, form, texts[:1], 1, 8, SCALE), texts[:1], STEPS)
+    found = again(model, form, start, texts, 1)
+    leaves = {name: update.delta.clone().requires_grad_() for name, update in start.updates.items()}
+    batch = form.batch(texts[1:])
+    with applied(model, Edit({name: replace(update, delta=leaves[name]) for name, update in start.updates.items()})):
+        logits = scored_logits(model, batch)
+    token_nll(logits, batch.label, batch.row, 1).sum().backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        rows = start.updates[name]
+        size = rows.delta[rows.nonzero()].square().mean().sqrt()
+        clear = leaf.grad.abs() > 1e-3 * leaf.grad.abs().max()  # Adam's first step is the gradient's sign
+        moved = found.updates[name].delta - start.updates[name].delta
+        torch.testing.assert_close(moved[clear], -RATE * size * leaf.grad.sign()[clear], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("decoupled_from", [100, 2])
+def test_a_merge_by_least_squares_is_refined(decoupled_from: int) -> None:
+    model = sure("llama")
+    config = MalmenConfig(rank=4, refine=STEPS, decoupled_from=decoupled_from)
+    method = Malmen(default_layers(model), config)
+    form = Formatter.of(model, byte_tokenizer())
+    texts = encoded(form)[:2]
+    method.prepare(model, form.batch(texts))
+    (edit,) = edits_of(method, model, form, texts, 2, 8, SCALE).unbind()
+    assert all(state(model, form, edit, text)[0] for text in texts)
+
+
+def test_the_trunk_runs_again_only_where_fewer_edits_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = sure("llama"), perturbed(refine=5)
+    form = Formatter.of(model, byte_tokenizer())
+    text = form.encode("Who runs it?", "a name that five steps do not reach")
+    runs: list[int] = []
+    run = Trunk.run
+
+    def counted(trunk: Trunk, *given: Any) -> Any:
+        runs.append(1)
+        return run(trunk, *given)
+
+    monkeypatch.setattr(Trunk, "run", counted)
+    edits_of(method, model, form, [text], 1, 8, SCALE)
+    assert not runs
+
+
+def test_edits_that_are_not_finite_are_named_before_they_are_refined() -> None:
+    model = sure("llama")
+    form = Formatter.of(model, byte_tokenizer())
+    texts = encoded(form)
+    edits = edits_of(perturbed(), model, form, texts, 1, 8)
+    name = next(iter(edits.updates))
+    edits.updates[name].delta[1, 0, 0] = torch.nan
+    with pytest.raises(NumericalError) as raised:
+        again(model, form, edits, texts, 5)
+    assert [layer for layer in edits.updates if layer in str(raised.value)] == [name]
+
+
+def test_an_edit_of_a_negative_strength_is_left_alone() -> None:
+    model = sure("llama")
+    form = Formatter.of(model, byte_tokenizer())
+    texts = encoded(form)
+    method = perturbed()
+    plain = edits_of(method, model, form, texts, 1, 8, -SCALE)
+    method.config = replace(method.config, refine=STEPS)
+    refining = edits_of(method, model, form, texts, 1, 8, -SCALE)
+    for one, other in zip(plain.tensors(), refining.tensors(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_evaluation_scores_and_times_what_is_refined(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sure("llama")
+    facts = FACTS[:1] if sequential else FACTS  # those after it would disturb it
+    data = Dataset("records:x", "abc", tuple(EditExample(prompt=prompt, target=target) for prompt, target in facts), ())
+    config = EvaluationConfig(scale=SCALE, generate=False, sequential=sequential, timed_edits=1)
+    asked: list[int] = []
+
+    def watched(*given: Any) -> Edit:
+        asked.append(given[4])
+        return refined(*given)
+
+    monkeypatch.setattr(base, "refined", watched)
+    for steps, share in ((0, 0.0), (STEPS, 1.0)):
+        method = perturbed(refine=steps)
+        asked.clear()
+        evaluator = Evaluator(method, method.specs, model, byte_tokenizer(), config)
+        evaluator.time_edits(data.examples)
+        assert asked == [steps, steps]
+        summary = evaluate(method, method.specs, model, byte_tokenizer(), data, config).summary
+        assert summary["success"]["after"] == share
+
+
+def test_the_shipped_editors_refine_and_their_edits_say_so() -> None:
+    for name in ("starter", "starter-many"):
+        assert load_editor(editor_file(name))[0].refine == 20
+    model = tiny("llama")
+    for steps, said in ((0, {}), (3, {"refine": 3})):
+        assert Editor(perturbed(refine=steps), model, byte_tokenizer()).edit(*FACTS[0]).about["editor"] == said

@@ -70,8 +70,9 @@ class Editor:
     def edit(self, prompt: str, target: str, *, scale: float = 1.0, chat: bool = False, target_end: TargetEnd = "auto") -> Edit:
         """The edit that makes the model answer `target` to `prompt`, recorded on the model as it runs now.
 
-        `scale` multiplies the edit; `chat` poses the prompt as a user's turn; `target_end` says whether the answer ends
-        after the target. Raises `InputError` for text that cannot be used, and `NumericalError` if the edit is not finite.
+        `scale` multiplies the edit, before it is refined (`mendlm.methods.refine`); `chat` poses the prompt as a user's turn;
+        `target_end` says whether the answer ends after the target. Raises `InputError` for text that cannot be used, and
+        `NumericalError` if the edit is not finite.
         """
         return self.edit_many([(prompt, target)], scale=scale, chat=chat, target_end=target_end)[0]
 
@@ -180,7 +181,7 @@ class Editor:
             "request": {"prompt": example.prompt, "target": example.target, "chat": chat, "scale": scale},
             "base": self.base,
             "method": self.method.name,
-            "editor": which_editor(self.about),
+            "editor": which_editor(self.about) | ({"refine": steps} if (steps := self.method.refine) else {}),
             "stack": [],
         }
 

@@ -360,9 +360,13 @@ class Evaluator:
         memory.forget_peak(device)
         start = memory.peak_mb(device)
         for example in [examples[0], *examples[: self.config.timed_edits]]:
-            batch = self.formatter.batch([self.encode(example, example.prompt)])
+            text = self.encode(example, example.prompt)
             begun = time.perf_counter()
-            edit = self.method.edit(self.model, batch)
+            edit: Intervention
+            if self.method.edits_weights:
+                edit = edits_of(self.method, self.model, self.formatter, [text], 1, 1, self.config.scale)
+            else:
+                edit = self.method.edit(self.model, self.formatter.batch([text]))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - begun))

@@ -148,8 +148,8 @@ def load(
             require_room(source, config, quantize, wanted, where)
         with no_bars():
             model = _auto_class(config).from_pretrained(source, dtype=wanted, use_safetensors=True, **options)
-    if Path(source) == cache_folder() / STARTER_NAME and identity(model) != STARTER_IDENTITY:
-        raise ModelError(f"the starter model's files in {source} have changed; delete the folder, and they are fetched again")
+    if Path(source).resolve() == (cache_folder() / STARTER_NAME).resolve() and identity(model) != STARTER_IDENTITY:
+        raise ModelError(f"the starter model's weights in {source} have changed; delete the folder, and they are fetched again")
     model.requires_grad_(False).eval()
     make_differentiable(model)
     if device_map == SHARDS:

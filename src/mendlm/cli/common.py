@@ -255,12 +255,11 @@ def known(method: str | None, values: dict[str, Any] | None = None) -> None:
 
 
 def settings_of(method: str | None) -> list[str]:
-    """What `open_method` takes as settings: a trained editor keeps those of its run, but two."""
+    """What `open_method` takes as settings: a trained editor keeps those of its run, but for what only editing knows."""
     from mendlm.methods import LEARNED, method_types
 
-    if method is None or method in LEARNED:
-        return ["normalizer_follows", "refine"]
-    return list(method_types(method)[1].__dataclass_fields__)
+    fields = method_types(method or "mend")[1].__dataclass_fields__
+    return [name for name in fields if name in ("normalizer_follows", "refine") or not (method is None or method in LEARNED)]
 
 
 def open_method(

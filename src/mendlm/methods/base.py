@@ -180,6 +180,7 @@ def edits_of(
 ) -> Edit:
     """One edit for each `size` consecutive texts, in their order and at this strength, refined where the method says so.
 
+    Refining comes after the strength, and leaves edits of a negative one alone, which are to take something away.
     Made in batches of at most `limit` texts of like length.
     """
     trunk = Trunk.where_possible(model, method.specs) if isinstance(method, Learned) and method.refine else Trunk(())
@@ -197,7 +198,8 @@ def edits_of(
         edits = in_order([(group, made(method.edits, group)) for group in groups])
     else:
         edits = in_order(method.together([(group, functools.partial(made, method.parts, group)) for group in groups], size))
-    return refined(model, formatter, edits * scale, texts, method.refine, trunk, list(seen.values()))
+    steps = method.refine if scale > 0 else 0
+    return refined(model, formatter, edits * scale, texts, steps, trunk, list(seen.values()))
 
 
 def in_order(batches: Sequence[tuple[Sequence[int], Edit]]) -> Edit:

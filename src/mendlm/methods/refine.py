@@ -40,34 +40,36 @@ def passed(model: Any, formatter: Formatter, texts: Sequence[Encoded], places: l
 def refined(
     model: Any, formatter: Formatter, edits: Edit, texts: Sequence[Encoded], steps: int, trunk: Trunk, passes: Sequence[Pass]
 ) -> Edit:
-    """A batch of edits, each for as many consecutive texts as it has share of them, after at most `steps` steps of each.
+    """A batch of edits, one for each `len(texts) / len(edits)` consecutive texts, after at most `steps` steps of each.
 
-    `passes` hold all texts as they were recorded; the first look replays their trunk. With 0 steps nothing changes.
+    `passes` hold all texts as they were recorded; the first look replays their trunk. With 0 steps nothing changes. An edit
+    that is still not taken after the last step stays as it is then. Raises `NumericalError` for edits that are not finite.
     """
     if not steps:
         return edits
-    edits, size, most = edits.detach(), len(texts) // len(edits), max(len(places) for places, _, _ in passes)
-    sizes = {name: _size(update) for name, update in edits.updates.items()}
-    shifts = {name: torch.zeros_like(update.delta) for name, update in edits.updates.items()}
-    optimizer = torch.optim.Adam(shifts.values(), lr=RATE, betas=(0.9, 0.99))
-    now = edits
+    edits, size, most = edits.detach().require_finite(), len(texts) // len(edits), max(len(places) for places, _, _ in passes)
+    now, missed = edits, set(range(len(edits)))
     for look in range(steps + 1):  # the first without a graph, since most edits have taken
         deltas = {name: update.delta.requires_grad_(look > 0) for name, update in now.updates.items()}
-        missed: set[int] = set()
+        lacking: set[int] = set()
         for places, batch, tape in passes:
             routing = tensor_on(formatter.device, [place // size for place in places])
             with trunk.replay(tape), now.on(model, routing), short_attention(model, batch):
                 logits = scored_logits(model, batch)
             nll = token_nll(logits, batch.label, batch.row, batch.size)
             taken = all_by_row(logits.argmax(-1) == batch.label, batch.row, batch.size) & (nll <= ENOUGH)
-            lacking = {place // size for place, well in zip(places, taken.tolist(), strict=True) if not well}
-            if look and lacking:
+            some = {place // size for place, well in zip(places, taken.tolist(), strict=True) if not well}
+            if look and some:
                 torch.autograd.backward(nll[~taken].sum(), inputs=list(deltas.values()))
-            missed |= lacking
-        if not missed:
+            lacking |= some
+        if not lacking:
             break
-        if look:
-            done = torch.tensor([edit not in missed for edit in range(len(edits))], device=formatter.device)
+        if not look:
+            sizes = {name: _size(update) for name, update in edits.updates.items()}
+            shifts = {name: torch.zeros_like(update.delta) for name, update in edits.updates.items()}
+            optimizer = torch.optim.Adam(shifts.values(), lr=RATE, betas=(0.9, 0.99))
+        else:
+            done = torch.tensor([edit not in lacking for edit in range(len(edits))], device=formatter.device)
             held = [shift[done] for shift in shifts.values()]
             for name, shift in shifts.items():
                 shift.grad = deltas[name].grad
@@ -76,9 +78,11 @@ def refined(
                 shift[done] = kept
             moved = {name: LowRank(u.u, u.delta + sizes[name] * shifts[name]) for name, u in edits.updates.items()}
             now = replace(edits, updates=moved)
-        asked = [place for place in range(len(texts)) if place // size in missed]
-        groups = by_length([len(texts[place]) for place in asked], limit=most)
-        passes = [passed(model, formatter, texts, [asked[i] for i in group], trunk) for group in groups]
+        if lacking != missed:
+            missed = lacking
+            asked = [place for place in range(len(texts)) if place // size in missed]
+            groups = by_length([len(texts[place]) for place in asked], limit=most)
+            passes = [passed(model, formatter, texts, [asked[i] for i in group], trunk) for group in groups]
     return now.detach()
 
 
