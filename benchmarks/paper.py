@@ -124,6 +124,7 @@ MANY = Part(
     settings=WEIGHTS,
     chained=True,
 )
+MANY_REFINED = replace(MANY, learned=("mend",), counts=(1, 5, 25), editors="many", refine=20)
 GPT = Part(
     "starter",
     BOTH,
@@ -181,7 +182,8 @@ PARTS: dict[str, Part] = {
     ),
     "many": MANY,
     "many-in-turn": replace(MANY, learned=("mend", "malmen"), counts=(5, 25), editors="many", sequential=True),
-    "many-refined": replace(MANY, learned=("mend",), counts=(1, 5, 25), editors="many", refine=20),
+    "many-refined": MANY_REFINED,
+    "many-refined-in-turn": replace(MANY_REFINED, counts=(5, 25), sequential=True),
     "ablations": Part(
         "bart-small",
         ZSRE,

@@ -91,7 +91,7 @@ def test_the_papers_driver_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     paper = importlib.import_module("paper")
     order = ["gpt-counterfact", "gpt-counterfact-tuned", "gpt-zsre", "gpt-zsre-tuned", "t5-zsre", "fever-bert"]
-    order += ["gpt2-wikitext", "bart-zsre", "many", "many-in-turn", "many-refined", "ablations"]
+    order += ["gpt2-wikitext", "bart-zsre", "many", "many-in-turn", "many-refined", "many-refined-in-turn", "ablations"]
     assert list(paper.PARTS) == order
     assert all(part.limit >= 200 for part in paper.PARTS.values())
     data, work = tmp_path / "data", tmp_path / "work"
