@@ -78,7 +78,7 @@ def refined(
                 shift[done] = kept
             moved = {name: LowRank(u.u, u.delta + sizes[name] * shifts[name]) for name, u in edits.updates.items()}
             now = replace(edits, updates=moved)
-        if lacking != missed:
+        if lacking != missed and look < steps:
             missed = lacking
             asked = [place for place in range(len(texts)) if place // size in missed]
             groups = by_length([len(texts[place]) for place in asked], limit=most)
