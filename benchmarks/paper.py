@@ -336,10 +336,12 @@ class Driver:
         self.publish(name, list(groups))
         if part.rate:
             compare(RATE, TUNED, [*placed(TUNED), *(f"{method}.rate={part.rate}" for method in TUNED)])
-            self.publish(name, [*groups, RATE])
+            groups[RATE] = []
+            self.publish(name, list(groups))
         if part.refine:
             compare(REFINED, part.learned, [f"{method}.refine={part.refine}" for method in part.learned], *groups[""])
-            self.publish(name, [*groups, REFINED])
+            groups[REFINED] = []
+            self.publish(name, list(groups))
 
     def logs(self, name: str) -> dict[str, dict[str, list[float]]]:
         """Run -> what its training logged, step by step."""

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -130,16 +130,34 @@ def test_the_papers_driver_goes_on_where_it_stopped(tmp_path: Path, monkeypatch:
     assert {name for name, _ in asked[:begun]} & {name for name, _ in asked[begun:]} == {"train t5-zsre ke@1"}
 
 
-def test_the_papers_driver_scores_fine_tuning_at_the_papers_rate_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Drive(Protocol):
+    """Runs a part of the paper's driver without its commands: those by name, and the variants published each time."""
+
+    def __call__(self, part: str, *editors: tuple[str, str, int, Path]) -> tuple[dict[str, list[str]], list[list[str]]]: ...
+
+
+@pytest.fixture
+def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     paper = importlib.import_module("paper")
-    asked: dict[str, list[str]] = {}
-    published: list[list[str]] = []
-    monkeypatch.setattr(paper.Driver, "divide", lambda _: None)
-    monkeypatch.setattr(paper.Driver, "editors", lambda *_: [("", "mend", 1, Path("run"))])
-    monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
-    monkeypatch.setattr(paper.Driver, "publish", lambda _, name, variants: published.append(variants))
-    paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("fever-bert")
+
+    def driven(part: str, *editors: tuple[str, str, int, Path]) -> tuple[dict[str, list[str]], list[list[str]]]:
+        asked: dict[str, list[str]] = {}
+        published: list[list[str]] = []
+        for name in ("divide", "prepare"):
+            monkeypatch.setattr(paper.Driver, name, lambda *_: None)
+        if editors:
+            monkeypatch.setattr(paper.Driver, "editors", lambda *_: editors)
+        monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
+        monkeypatch.setattr(paper.Driver, "publish", lambda _, name, variants: published.append(variants))
+        paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part(part)
+        return {name: command for name, command in asked.items() if not name.startswith("base ")}, published
+
+    return driven
+
+
+def test_the_papers_driver_scores_fine_tuning_at_the_papers_rate_too(drive: Drive) -> None:
+    asked, published = drive("fever-bert", ("", "mend", 1, Path("run")))
     usual, other = asked["compare fever-bert"], asked["compare fever-bert paper rate"]
     assert published == [[""], ["", "paper rate"]]
     assert usual[usual.index("--methods") + 1].startswith("mend,ke,enn,malmen,ft,ft-kl,")
@@ -150,18 +168,8 @@ def test_the_papers_driver_scores_fine_tuning_at_the_papers_rate_too(tmp_path: P
     assert {"ft.rate=paper-small", "ft-kl.rate=paper-small"} <= set(other)
 
 
-def test_the_papers_driver_scores_edits_refined_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    paper = importlib.import_module("paper")
-    asked: dict[str, list[str]] = {}
-    published: list[list[str]] = []
-    monkeypatch.setattr(paper.Driver, "divide", lambda _: None)
-    monkeypatch.setattr(paper.Driver, "prepare", lambda *_: None)
-    monkeypatch.setattr(paper.Driver, "base", lambda *_: "base")
-    monkeypatch.setattr(paper.Driver, "editors", lambda *_: [("", "mend", 5, Path("run"))])
-    monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
-    monkeypatch.setattr(paper.Driver, "publish", lambda _, name, variants: published.append(variants))
-    paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("many-refined")
+def test_the_papers_driver_scores_edits_refined_too(drive: Drive) -> None:
+    asked, published = drive("many-refined", ("", "mend", 5, Path("run")))
     plain, refined = asked["compare many-refined"], asked["compare many-refined refined"]
     assert published == [[""], ["", "refined"]]
     assert "mend.refine=20" in refined
@@ -171,14 +179,8 @@ def test_the_papers_driver_scores_edits_refined_too(tmp_path: Path, monkeypatch:
         assert words[words.index("--editor") + 1] == "mend@5=run"
 
 
-def test_the_papers_driver_tunes_the_starter_in_parts_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    paper = importlib.import_module("paper")
-    asked: dict[str, list[str]] = {}
-    monkeypatch.setattr(paper.Driver, "divide", lambda _: None)
-    monkeypatch.setattr(paper.Driver, "run", lambda _, name, command: asked.update({name: command}))
-    monkeypatch.setattr(paper.Driver, "publish", lambda *_: None)
-    paper.Driver(tmp_path, tmp_path, 1.0, None, "cpu").part("gpt-zsre-tuned")
+def test_the_papers_driver_tunes_the_starter_in_parts_of_their_own(drive: Drive) -> None:
+    asked, _ = drive("gpt-zsre-tuned")
     assert list(asked) == ["compare gpt-zsre-tuned", "compare gpt-zsre-tuned paper rate"]
     usual, other = asked.values()
     assert usual[usual.index("--methods") + 1] == "ft-kl"

@@ -131,14 +131,14 @@ class Evaluator:
             "end": target_ends(self.config.target_end, question=example.question, chat=chat, family=family),
         }
 
-    def edit(self, texts: list[Encoded]) -> Intervention:
-        """The edits of a chunk of requests, one a group of `num_edits` of them, all at once."""
-        k = self.config.num_edits
+    def edit(self, texts: list[Encoded], size: int | None = None) -> Intervention:
+        """The edits of a chunk of requests, one a group of `size` of them (by default `num_edits`), all at once."""
+        k = size or self.config.num_edits
         if not self.method.edits_weights:
             other: Any = self.method.edit(self.model, self.formatter.batch(texts))
             return cast("Intervention", other.grouped(k))
-        size, scale = self.config.batch_size, self.config.scale
-        return edits_of(self.method, self.model, self.formatter, texts, k, size, scale).require_finite()
+        limit, scale = self.config.batch_size, self.config.scale
+        return edits_of(self.method, self.model, self.formatter, texts, k, limit, scale).require_finite()
 
     @torch.no_grad()
     def _edit_in_turn(self, texts: list[Encoded]) -> tuple[Edit, list[tuple[bool, bool]]]:
@@ -152,8 +152,8 @@ class Evaluator:
             with self.own_statistics():
                 for text in texts[start : start + k]:
                     with applied(self.model, stack) if stack is not None else contextlib.nullcontext():
-                        new = edits_of(self.method, self.model, self.formatter, [text], 1, 1, self.config.scale)
-                    stack = new.require_finite() if stack is None else (stack + new.require_finite()).fewest()
+                        new = cast("Edit", self.edit([text], 1))
+                    stack = new if stack is None else (stack + new).fewest()
                     held.append(self.score([(0, text)], stack)[0].right)
             assert stack is not None
             stacks.append(stack)
@@ -362,11 +362,7 @@ class Evaluator:
         for example in [examples[0], *examples[: self.config.timed_edits]]:
             text = self.encode(example, example.prompt)
             begun = time.perf_counter()
-            edit: Intervention
-            if self.method.edits_weights:
-                edit = edits_of(self.method, self.model, self.formatter, [text], 1, 1, self.config.scale)
-            else:
-                edit = self.method.edit(self.model, self.formatter.batch([text]))
+            edit = self.edit([text], 1)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - begun))

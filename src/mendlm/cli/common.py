@@ -258,8 +258,9 @@ def settings_of(method: str | None) -> list[str]:
     """What `open_method` takes as settings: a trained editor keeps those of its run, but for what only editing knows."""
     from mendlm.methods import LEARNED, method_types
 
-    fields = method_types(method or "mend")[1].__dataclass_fields__
-    return [name for name in fields if name in ("normalizer_follows", "refine") or not (method is None or method in LEARNED)]
+    fields = list(method_types(method or "mend")[1].__dataclass_fields__)
+    trained = method is None or method in LEARNED
+    return [name for name in fields if name in ("normalizer_follows", "refine")] if trained else fields
 
 
 def open_method(

@@ -183,7 +183,8 @@ def edits_of(
     Refining comes after the strength, and leaves edits of a negative one alone, which are to take something away.
     Made in batches of at most `limit` texts of like length.
     """
-    trunk = Trunk.where_possible(model, method.specs) if isinstance(method, Learned) and method.refine else Trunk(())
+    steps = method.refine if scale > 0 else 0
+    trunk = Trunk.where_possible(model, method.specs) if steps and isinstance(method, Learned) else Trunk(())
     seen: dict[int, Pass] = {}
 
     def made(make: Callable[[Any, Batch], Edit], group: list[int]) -> Edit:
@@ -198,7 +199,6 @@ def edits_of(
         edits = in_order([(group, made(method.edits, group)) for group in groups])
     else:
         edits = in_order(method.together([(group, functools.partial(made, method.parts, group)) for group in groups], size))
-    steps = method.refine if scale > 0 else 0
     return refined(model, formatter, edits * scale, texts, steps, trunk, list(seen.values()))
 
 

@@ -27,6 +27,7 @@ from mendlm.layers import LayerSpec
 from mendlm.losses import all_by_row, token_kl, token_nll
 from mendlm.lowrank import LowRank
 from mendlm.methods.base import Method, transposed
+from mendlm.methods.refine import step_others
 from mendlm.models import device_of
 from mendlm.replay import Trunk
 from mendlm.text import Batch, scored_logits, short_attention
@@ -162,13 +163,7 @@ class FineTune(Method):
             loss = self.config.edit_weight * nll.sum()
             if self.config.kl_weight:
                 loss = loss + self.config.kl_weight * self._kl(model, trunk, edit, next(unrelated).repeated(batch.size))
-            held = [change.detach()[done] for change in changes]
-            for change, slope in zip(changes, torch.autograd.grad(loss, changes), strict=True):
-                change.grad = slope
-            optimizer.step()
-            with torch.no_grad():
-                for change, kept in zip(changes, held, strict=True):
-                    change[done] = kept
+            step_others(optimizer, changes, torch.autograd.grad(loss, changes), done)
         return edit.detach()
 
     def _done(self, logits: Tensor, nll: Tensor, batch: Batch) -> Tensor:

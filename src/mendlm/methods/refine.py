@@ -14,6 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from mendlm.apply import Edit
 from mendlm.losses import all_by_row, token_nll
@@ -70,12 +72,7 @@ def refined(
             optimizer = torch.optim.Adam(shifts.values(), lr=RATE, betas=(0.9, 0.99))
         else:
             done = torch.tensor([edit not in lacking for edit in range(len(edits))], device=formatter.device)
-            held = [shift[done] for shift in shifts.values()]
-            for name, shift in shifts.items():
-                shift.grad = deltas[name].grad
-            optimizer.step()
-            for shift, kept in zip(shifts.values(), held, strict=True):
-                shift[done] = kept
+            step_others(optimizer, list(shifts.values()), [delta.grad for delta in deltas.values()], done)
             moved = {name: LowRank(u.u, u.delta + sizes[name] * shifts[name]) for name, u in edits.updates.items()}
             now = replace(edits, updates=moved)
         if lacking != missed and look < steps:
@@ -86,7 +83,20 @@ def refined(
     return now.detach()
 
 
-def _size(update: LowRank) -> torch.Tensor:
+@torch.no_grad()
+def step_others(
+    optimizer: torch.optim.Optimizer, changes: Sequence[Tensor], slopes: Sequence[Tensor | None], done: Bool[Tensor, "batch"]
+) -> None:
+    """One step of the changes (batch, ...) down these slopes; those of edits that are done stay where they are."""
+    held = [change[done] for change in changes]
+    for change, slope in zip(changes, slopes, strict=True):
+        change.grad = slope
+    optimizer.step()
+    for change, kept in zip(changes, held, strict=True):
+        change[done] = kept
+
+
+def _size(update: LowRank) -> Tensor:
     """The root mean square of `delta` over the rows that count, (batch, 1, 1)."""
     rows = update.nonzero().sum(-1).clamp(min=1) * update.delta.shape[-1]
     return (update.delta.square().sum((-2, -1)) / rows).sqrt()[:, None, None]
