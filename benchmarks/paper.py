@@ -124,7 +124,7 @@ MANY = Part(
     settings=WEIGHTS,
     chained=True,
 )
-MANY_REFINED = replace(MANY, learned=("mend",), counts=(1, 5, 25), editors="many", refine=20)
+MANY_REFINED = replace(MANY, learned=("mend", "malmen"), editors="many", refine=20)
 GPT = Part(
     "starter",
     BOTH,
@@ -183,7 +183,7 @@ PARTS: dict[str, Part] = {
     "many": MANY,
     "many-in-turn": replace(MANY, learned=("mend", "malmen"), counts=(5, 25), editors="many", sequential=True),
     "many-refined": MANY_REFINED,
-    "many-refined-in-turn": replace(MANY_REFINED, counts=(5, 25), sequential=True),
+    "many-refined-in-turn": replace(MANY_REFINED, learned=("mend",), counts=(5, 25), sequential=True),
     "ablations": Part(
         "bart-small",
         ZSRE,
