@@ -18,10 +18,10 @@ import torch
 
 from cases import byte_tokenizer, tiny
 from mendlm.cli import main
-from mendlm.data import Samples, _sampling, passages, sample
+from mendlm.data import Samples, passages, sample
 from mendlm.errors import InputError
 from mendlm.tasks import load_edits
-from mendlm.text import Formatter
+from mendlm.text import Formatter, sampling
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("Ana", "Bo", "Cy", "Di", "Eva", "Ib", "Jo", "Kai", "Lea", "Mo")
@@ -83,7 +83,7 @@ def test_tokens_are_drawn_from_the_models_distribution() -> None:
     model, form = tiny("gpt2"), Formatter.of(tiny("gpt2"), byte_tokenizer())
     prompt = form.encode(TEXTS[0], None)
     count, generator = 4000, torch.Generator().manual_seed(0)
-    with _sampling(model, generator):
+    with sampling(model, generator):
         drawn = [tokens for _ in range(8) for tokens in form.generate(model, [prompt] * (count // 8), 1)]
     found = torch.zeros(model.config.vocab_size)
     for tokens in drawn:

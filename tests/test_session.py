@@ -81,7 +81,7 @@ def test_undo_of_an_earlier_edit_leaves_the_later_one() -> None:
 
 
 def test_a_second_edit_is_recorded_under_the_first() -> None:
-    session = new_session()
+    session = new_session(rehearse=0)
     session.edit(PROMPTS[0], "a baker")
     second = session.edit(PROMPTS[1], "Lyon").edit
     on_the_base = session.editor.edit(PROMPTS[1], "Lyon")

@@ -6,8 +6,7 @@ The paper's targets are samples of a small model, which the base to be edited ra
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from mendlm.errors import InputError
 from mendlm.losses import all_by_row
 from mendlm.tasks import load
-from mendlm.text import Encoded, Formatter, scored_logits
+from mendlm.text import Encoded, Formatter, sampling, scored_logits
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def sample(
     for start in range(0, len(order), batch_size):
         some = [texts[i] for i in order[start : start + batch_size]]
         prompts = [formatter.encode(text, None) for text in some]
-        with _sampling(model, generator):
+        with sampling(model, generator):
             drawn = formatter.generate(model, prompts, tokens)
         fit = [
             (text, whole, Encoded(prompt.prompt, found))
@@ -109,24 +108,3 @@ def _greedy(model: Any, formatter: Formatter, texts: list[Encoded]) -> list[bool
     batch = formatter.batch(texts)
     right = scored_logits(model, batch).argmax(-1) == batch.label
     return [bool(all_right) for all_right in all_by_row(right, batch.row, batch.size).tolist()]
-
-
-@contextlib.contextmanager
-def _sampling(model: Any, generator: torch.Generator) -> Iterator[None]:
-    """Inside the block, the model's greedy tokens are samples of its distribution.
-
-    Of logits plus independent Gumbel noise, the argmax is a draw from their softmax; the noise is minus the logarithm of an
-    exponential variable.
-    """
-
-    def perturb(module: Any, args: Any, output: Any) -> Any:
-        logits = output.logits[:, -1:].float()
-        noise = torch.empty(logits.shape).exponential_(generator=generator).log().neg()
-        output.logits = logits + noise.to(logits.device)
-        return output
-
-    handle = model.register_forward_hook(perturb)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from mendlm import memory, metrics, processes
 from mendlm.adapter import rank_of
-from mendlm.apply import Edit, Intervention, applied, join
+from mendlm.apply import Edit, Intervention, applied, join, side_by_side
 from mendlm.errors import InputError
 from mendlm.files import new_folder, plain, write_bytes, write_json
 from mendlm.layers import LayerSpec
 from mendlm.losses import all_by_row, mean_by_row, token_kl, token_nll
 from mendlm.methods.base import Learned, Method, edits_of
+from mendlm.methods.rehearse import Rehearsal, require_steps
 from mendlm.models import base_of, is_sharded
 from mendlm.replay import Trunk
 from mendlm.tasks import Dataset, EditExample, Probe
@@ -52,6 +53,10 @@ class EvaluationConfig:
     """Whether targets end with the end-of-answer token: `auto` does so for question tasks and in chat turns."""
     scale: float = 1.0
     """Strength of the edits."""
+    on_base: bool = False
+    """With `sequential`: make each edit as if there were none before it, as a store does; the rows of all are summed."""
+    rehearse: int = 0
+    """With `sequential`: steps at most by which an edit is rehearsed with those before it (`mendlm.methods.rehearse`)."""
     generate: bool = True
     """Also score free generation, which takes most of the time."""
     context: str = ""
@@ -67,6 +72,10 @@ class EvaluationConfig:
         for name in ("num_edits", "batch_size", "timed_edits"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_steps(self.rehearse)
+        for name in ("on_base", "rehearse"):
+            if getattr(self, name) and not self.sequential:
+                raise InputError(f"{name} is for edits made one after another; give --sequential too, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class Evaluator:
             why = "has no strength to change" if config.scale != 1 else "keeps each request by itself, in any order"
             raise InputError(f"{what}, but the method '{method.name}' {why}; leave that out")
         self.formatter = Formatter.of(model, tokenizer)
-        self.trunk = Trunk.where_possible(model, specs)
+        self.trunk, self.rehearsal = Trunk.where_possible(model, specs), Rehearsal(model, self.formatter)
         if method.follows_along and config.num_edits > 1 and not config.sequential:
             raise InputError("normalizer_follows is for edits made one after another: give --sequential too")
         self.in_turn = method.edits_weights and (config.sequential or method.follows_along)
@@ -150,9 +159,13 @@ class Evaluator:
         for start in range(0, len(texts), k):
             stack: Edit | None = None
             with self.own_statistics():
-                for text in texts[start : start + k]:
-                    with applied(self.model, stack) if stack is not None else contextlib.nullcontext():
+                for place, text in enumerate(texts[start : start + k], start=start):
+                    below = None if self.config.on_base else stack
+                    with applied(self.model, below) if below is not None else contextlib.nullcontext():
                         new = cast("Edit", self.edit([text], 1))
+                    if stack is not None and self.config.rehearse:
+                        asked, steps = texts[start : place + 1], self.config.rehearse
+                        new = side_by_side([self.rehearsal.joined(new[0], stack[0], asked, steps=steps)[0]])
                     stack = new if stack is None else (stack + new).fewest()
                     held.append(self.score([(0, text)], stack)[0].right)
             assert stack is not None

@@ -7,7 +7,7 @@ import itertools
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,13 +19,15 @@ from mendlm.checkpoint import save_editor
 from mendlm.editor import Editor
 from mendlm.errors import GateError, InputError, NumericalError
 from mendlm.export import export_peft
-from mendlm.gate import Checks, Gate, OnFail, ask, judge, load_guards, questions
+from mendlm.gate import Asked, Checks, Gate, OnFail, ask, judge, load_guards, questions
+from mendlm.journal import Record
 from mendlm.methods.base import Learned
+from mendlm.methods.rehearse import STEPS, Rehearsal, require_steps
 from mendlm.models import STARTER, base_of, device_of, load
 from mendlm.store import Addition, Store
 from mendlm.tasks import EditExample, Probe
 from mendlm.tasks.base import is_question
-from mendlm.text import Formatter
+from mendlm.text import Encoded, Formatter, target_ends
 
 CACHE_BYTES = 2**28
 """Bytes of rows, single edits and stacks, that a session keeps in memory beside the store's files."""
@@ -69,6 +71,7 @@ class Session:
 
     Undoing an edit removes its rows and nothing else. The active edits are one stacked `LowRank` a layer, so that an answer
     costs the same calls whatever their number; with `rank`, the stack is compressed to so many rows, always from the originals.
+    An edit that joins others is rehearsed with them (`mendlm.methods.rehearse`), in at most `rehearse` steps.
     What another process writes into the store takes effect with the next call. One thread owns a session, since hooks belong to
     the process.
     """
@@ -82,11 +85,14 @@ class Session:
         store: Store | None = None,
         gate: Gate | None = None,
         rank: int | None = None,
+        rehearse: int = STEPS,
     ) -> None:
+        require_steps(rehearse)
         self.model, self.tokenizer, self.editor = model, tokenizer, editor
         self.store = store or Store.memory(base_of(model))
-        self.gate, self.rank = gate or Gate(), rank
+        self.gate, self.rank, self.rehearse = gate or Gate(), rank, rehearse
         self.formatter, self._device = Formatter.of(model, tokenizer), device_of(model)
+        self._rehearsal = Rehearsal(model, self.formatter)
         self._kept: OrderedDict[tuple[str, ...], Edit] = OrderedDict()
         with _under(model, self.active):  # raises if the model lacks the layers
             pass
@@ -101,6 +107,7 @@ class Session:
         guards: str | Path | None = None,
         gate: Gate | None = None,
         rank: int | None = None,
+        rehearse: int = STEPS,
         **options: Any,
     ) -> Session:
         """Load a model (`options` as in `mendlm.load`), its editor, its store (a folder, made if there is none) and its guards.
@@ -115,7 +122,7 @@ class Session:
         wanted = STARTER if editor is None and str(source) == STARTER else editor
         loaded = Editor.load(wanted, model, tokenizer) if wanted is not None else None
         opened = Store.open(Path(store), base_of(model)) if store is not None else None  # last: nothing is made for an error
-        return cls(model, tokenizer, loaded, store=opened, gate=gate, rank=rank)
+        return cls(model, tokenizer, loaded, store=opened, gate=gate, rank=rank, rehearse=rehearse)
 
     def __repr__(self) -> str:
         return f"<Session of {self.store.base.get('name')}: {len(self.store.active())} active edits, {self.store}>"
@@ -208,19 +215,20 @@ class Session:
         on_fail: OnFail | None = None,
         author: str = "",
         reason: str = "",
+        callback: Callable[[int, int], object] | None = None,
     ) -> list[Made]:
         """Independent edits, made in batches and judged together, each under all of them. All become active, or none.
 
         `scale` multiplies the edits; `chat` poses the prompts as chat turns. They are recorded under the active edits, and
-        remember them; with `on_base`, as if there were none. `on_fail` is the gate's, or another. Raises `GateError` if the
-        gate refuses.
+        remember them; with `on_base`, as if there were none. `on_fail` is the gate's, or another; `callback` is told how many
+        are ready, of how many, before they are judged. Raises `GateError` if the gate refuses.
         """
         examples = [one if isinstance(one, EditExample) else request(*one) for one in requests]
         on_fail = on_fail or self.gate.on_fail
         strengths = (scale, *(scale * more for more in self.gate.scales)) if on_fail == "retry" else (scale,)
         for strength in strengths:
             try:
-                trials = self._try(examples, scale=strength, chat=chat, on_base=on_base)
+                trials = self._try(examples, scale=strength, chat=chat, on_base=on_base, callback=callback)
             except NumericalError:
                 if strength == strengths[-1]:
                     raise
@@ -249,7 +257,15 @@ class Session:
         """An edit tried on and thrown away: what `edit` would make, and what its gate would see."""
         return self._try([request(prompt, target, rephrasings, unrelated)], scale=scale, chat=chat, on_base=on_base)[0]
 
-    def _try(self, examples: Sequence[EditExample], *, scale: float, chat: bool, on_base: bool) -> list[Trial]:
+    def _try(
+        self,
+        examples: Sequence[EditExample],
+        *,
+        scale: float,
+        chat: bool,
+        on_base: bool,
+        callback: Callable[[int, int], object] | None = None,
+    ) -> list[Trial]:
         if self.editor is None:
             raise InputError("this session has no editor; open it with editor=RUN to make edits")
         replaced = [self.store.replaced_by({"prompt": example.prompt, "chat": chat}) for example in examples]
@@ -258,8 +274,13 @@ class Session:
         begun = time.perf_counter()
         with _under(self.model, None if on_base else below):
             edits = self.editor.edit_many(examples, scale=scale, chat=chat)
-        milliseconds = 1000 * (time.perf_counter() - begun) / max(1, len(edits))
         edits = [replace(one, about={**one.about, "stack": [] if on_base else rest}) for one in edits]
+        if self.rehearse and scale > 0:
+            for place, edit in enumerate(self._rehearsed(edits, examples, rest, chat)):
+                edits[place] = edit
+                if callback is not None:
+                    callback(place + 1, len(edits))
+        milliseconds = 1000 * (time.perf_counter() - begun) / max(1, len(edits))
         last = {example.prompt.strip(): edit for example, edit in zip(examples, edits, strict=True)}  # as in the journal
         after = self._fuse([*(self._read(name) for name in rest), *last.values()])
         asked = [[*questions(example, chat=chat), *self.gate.questions()] for example in examples]
@@ -267,6 +288,44 @@ class Session:
         checks = [judge([next(answered) for _ in some], self.gate.needed) for some in asked]
         replaces = [() if one is None else (one,) for one in replaced]
         return [Trial(*parts, milliseconds) for parts in zip(edits, checks, replaces, strict=True)]
+
+    def _rehearsed(self, edits: Sequence[Edit], examples: Sequence[EditExample], rest: list[str], chat: bool) -> Iterator[Edit]:
+        """New edits one after another, each rehearsed on what is promised of it, of those before it and of those that stay
+        active, and on the guards. One that a later one of the same prompt replaces is left alone.
+        """
+        last = {example.prompt.strip(): place for place, example in enumerate(examples)}
+        asked = [*self.gate.questions(), *itertools.chain(*map(_promised, map(self.store.record, rest)))]
+        live = [self._read(name) for name in rest]
+        for place, (edit, example) in enumerate(zip(edits, examples, strict=True)):
+            if last[example.prompt.strip()] == place:
+                asked += questions(example, chat=chat)
+                edit = self._joined(edit, stacked(live) if live else None, asked)
+                live.append(edit)
+            yield edit
+
+    def _joined(self, edit: Edit, below: Edit | None, asked: Sequence[Asked]) -> Edit:
+        if below is None and len(asked) == 1:  # a prompt alone: the editor has looked at it
+            return edit
+        wanted = {(one.prompt.strip(), one.chat): one for one in asked if one.kind in ("prompt", "rephrasing")}
+        watched = {(one.prompt.strip(), one.chat): one for one in asked if one.kind in ("unrelated", "guard")}
+        promised = [self._promise(one) for one in wanted.values()]
+        longest = max(self.gate.tokens, *(len(text.target) + 1 for text in promised))  # as the gate asks
+        kept = self._answers_now([one for key, one in watched.items() if key not in wanted], below, longest)
+        how: dict[str, Any] = {"steps": self.rehearse, "together": below is not None}
+        moved, steps = self._rehearsal.joined(edit, below, promised, kept, **how)
+        return replace(moved, about={**edit.about, "rehearsed": steps}) if steps else edit
+
+    def _promise(self, one: Asked) -> Encoded:
+        """A prompt with the answer that it must get."""
+        end = target_ends("auto", question=is_question(one.prompt), chat=one.chat, family=self.formatter.family)
+        return self.formatter.encode(one.prompt, one.wanted, chat=one.chat, end=end)
+
+    def _answers_now(self, asked: Sequence[Asked], below: Edit | None, tokens: int) -> list[Encoded]:
+        """Prompts with their answers under a stack, of so many tokens."""
+        texts = [self.formatter.encode(one.prompt, None, chat=one.chat) for one in asked]
+        with _under(self.model, below):
+            found = self.formatter.generate(self.model, texts, tokens) if texts else []
+        return [Encoded(text.prompt, answer) for text, answer in zip(texts, found, strict=True) if answer]
 
     def _keep(self, trials: Sequence[Trial], examples: Sequence[EditExample], author: str, reason: str) -> list[Made]:
         additions = []
@@ -312,12 +371,7 @@ class Session:
 
     def check(self) -> Checks:
         """Ask everything that every active edit promised, and the guards: the base model's answers and those of today."""
-        asked = self.gate.questions()
-        for told in (record.request for record in self.store.active()):
-            if told.get("prompt") and told.get("target"):
-                unrelated = [Probe(probe["prompt"], probe.get("answer")) for probe in told.get("unrelated", ())]
-                example = request(told["prompt"], told["target"], told.get("rephrasings", ()), unrelated)
-                asked += questions(example, chat=bool(told.get("chat")))
+        asked = [*self.gate.questions(), *itertools.chain(*map(_promised, self.store.active()))]
         return judge(ask(self.model, self.formatter, asked, None, self.active, self.gate.tokens), self.gate.needed)
 
     def answer(self, prompt: str, *, chat: bool = False, max_new_tokens: int = 32) -> str:
@@ -388,6 +442,17 @@ def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated
     probes = tuple(probe if isinstance(probe, Probe) else Probe(probe) for probe in unrelated)
     question = is_question(prompt)
     return EditExample(prompt=prompt, target=target, rephrasings=tuple(rephrasings), unrelated=probes, question=question)
+
+
+def _promised(record: Record) -> list[Asked]:
+    """What a record's edit promised, as its gate asked it; nothing where no request is named, or its edit takes away."""
+    asked = []
+    for told in record.request.get("parts") or [record.request]:
+        if told.get("prompt") and told.get("target") and told.get("scale", 1) > 0:
+            unrelated = [Probe(probe["prompt"], probe.get("answer")) for probe in told.get("unrelated", ())]
+            example = request(told["prompt"], told["target"], told.get("rephrasings", ()), unrelated)
+            asked += questions(example, chat=bool(told.get("chat")))
+    return asked
 
 
 def edit_of(store: Store, name: str) -> Edit:

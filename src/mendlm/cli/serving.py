@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,7 @@ def serve(
         Literal["report", "refuse", "retry"],
         typer.Option("--on-fail", help="What happens to an edit that fails its checks, unless it says itself."),
     ] = "report",
+    rehearse: common.Rehearse = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name for clients (default: its own).")] = None,
     rank: Annotated[
         int | None,
@@ -98,7 +99,8 @@ def serve(
             seconds=seconds,
         )
         common.seeded(seed)
-        session = Session.open(model, editor=wanted, store=store, gate=gate, rank=rank, report=common.note, **asdict(origin))
+        opened: dict[str, Any] = {"report": common.note, **common.rehearsing(rehearse), **asdict(origin)}
+        session = Session.open(model, editor=wanted, store=store, gate=gate, rank=rank, **opened)
         worker = Worker(session, limits)
         served = name or str(base_of(session.model)["name"])
         app = create_app(worker, tokens=known, name=served, rules=Rules(body=body, requests=requests))

@@ -86,6 +86,7 @@ def add(
     ] = True,
     author_name: Author = None,
     reason: Reason = "",
+    rehearse: common.Rehearse = None,
     model: common.Model = "starter",
     editor: common.EditorOption = None,
     skip_bad: common.SkipBad = False,
@@ -119,8 +120,11 @@ def add(
         if prompt is not None and target is not None:
             examples = [request(prompt, target, rephrasings or (), unrelated or ())]
         common.seeded(seed)
-        session = Session.open(model, editor=editor, store=context.obj, guards=guard, report=common.note, **asdict(origin))
-        made = session.edit_many(examples, scale=scale, chat=chat, on_base=on_base, on_fail=on_fail, **by)
+        opened: dict[str, Any] = {"guards": guard, "report": common.note, **common.rehearsing(rehearse), **asdict(origin)}
+        session = Session.open(model, editor=editor, store=context.obj, **opened)
+        how: dict[str, Any] = {"scale": scale, "chat": chat, "on_base": on_base, "on_fail": on_fail}
+        with common.progress("editing") as show:
+            made = session.edit_many(examples, callback=show, **how, **by)
         store, records = session.store, [session.store.record(one.id) for one in made]
         for one in made:
             if not one.checks.passed:

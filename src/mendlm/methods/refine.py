@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mendlm.apply import Edit
@@ -58,8 +58,7 @@ def refined(
             routing = tensor_on(formatter.device, [place // size for place in places])
             with trunk.replay(tape), now.on(model, routing), short_attention(model, batch):
                 logits = scored_logits(model, batch)
-            nll = token_nll(logits, batch.label, batch.row, batch.size)
-            taken = all_by_row(logits.argmax(-1) == batch.label, batch.row, batch.size) & (nll <= ENOUGH)
+            nll, taken = looked_at(logits, batch)
             some = {place // size for place, well in zip(places, taken.tolist(), strict=True) if not well}
             if look and some:
                 torch.autograd.backward(nll[~taken].sum(), inputs=list(deltas.values()))
@@ -67,7 +66,7 @@ def refined(
         if not lacking:
             break
         if not look:
-            sizes = {name: _size(update) for name, update in edits.updates.items()}
+            sizes = {name: size_of(update) for name, update in edits.updates.items()}
             shifts = {name: torch.zeros_like(update.delta) for name, update in edits.updates.items()}
             optimizer = torch.optim.Adam(shifts.values(), lr=RATE, betas=(0.9, 0.99))
         else:
@@ -96,7 +95,13 @@ def step_others(
         change[done] = kept
 
 
-def _size(update: LowRank) -> Tensor:
-    """The root mean square of `delta` over the rows that count, (batch, 1, 1)."""
+def size_of(update: LowRank) -> Tensor:
+    """The root mean square of `delta` over the rows that count, (*batch, 1, 1)."""
     rows = update.nonzero().sum(-1).clamp(min=1) * update.delta.shape[-1]
-    return (update.delta.square().sum((-2, -1)) / rows).sqrt()[:, None, None]
+    return (update.delta.square().sum((-2, -1)) / rows).sqrt()[..., None, None]
+
+
+def looked_at(logits: Float[Tensor, "scored vocab"], batch: Batch) -> tuple[Float[Tensor, "size"], Bool[Tensor, "size"]]:
+    """The mean NLL of each text's target, and whether it has taken."""
+    nll = token_nll(logits, batch.label, batch.row, batch.size)
+    return nll, all_by_row(logits.argmax(-1) == batch.label, batch.row, batch.size) & (nll <= ENOUGH)

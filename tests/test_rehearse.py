@@ -1,0 +1,294 @@
+"""Edits that join others are rehearsed with them: what was promised holds with all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cases import byte_tokenizer, tiny
+from mendlm.apply import CHANGED_BASE, Edit, applied, stacked
+from mendlm.editor import Editor
+from mendlm.errors import InputError, NumericalError
+from mendlm.evaluation import EvaluationConfig, Evaluator, evaluate
+from mendlm.gate import Gate, Guard
+from mendlm.losses import token_kl, token_nll
+from mendlm.methods import rehearse
+from mendlm.methods.refine import RATE
+from mendlm.methods.rehearse import LENGTH, SAMPLES, SCORED, STAYS, TURNS, WEIGHT, Rehearsal
+from mendlm.session import Session
+from mendlm.tasks import Dataset, EditExample
+from mendlm.text import Encoded, Formatter, scored_logits
+from test_checkpoint import perturbed
+from test_refine import FACTS, SCALE, STEPS, state, sure
+
+
+@pytest.fixture
+def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model of random weights says freely does not survive edits of this strength."""
+    monkeypatch.setattr(Rehearsal, "samples", [])
+
+
+def singles(model: Any, name: str = "llama") -> tuple[Formatter, list[Encoded], list[Edit]]:
+    """Edits of the facts, each made to take by itself."""
+    editor = Editor(perturbed(name, refine=STEPS), model, byte_tokenizer())
+    texts = [editor.formatter.encode(prompt, target) for prompt, target in FACTS]
+    return editor.formatter, texts, editor.edit_many(FACTS, scale=SCALE)
+
+
+def logits_of(model: Any, form: Formatter, edit: Edit | None, texts: Sequence[Encoded]) -> torch.Tensor:
+    batch = form.batch(texts)
+    if edit is None:
+        return scored_logits(model, batch)
+    with applied(model, edit):
+        return scored_logits(model, batch)
+
+
+def kl_of(model: Any, form: Formatter, before: Edit | None, after: Edit, texts: Sequence[Encoded]) -> torch.Tensor:
+    """The KL of each text."""
+    batch = form.batch(texts)
+    with torch.no_grad():
+        base = logits_of(model, form, before, texts)
+    return token_kl(base, logits_of(model, form, after, texts), batch.row, batch.size)
+
+
+def given(model: Any, form: Formatter, edit: Edit, texts: Sequence[Encoded]) -> list[bool]:
+    return [state(model, form, edit, text)[0] for text in texts]
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_what_was_promised_holds_with_all_edits_together(name: str) -> None:
+    model = sure(name)
+    form, texts, edits = singles(model, name)
+    assert not all(given(model, form, stacked(edits[:2]), texts[:2]))
+    moved, steps = Rehearsal(model, form).joined(edits[1], edits[0], texts[:2], steps=STEPS, together=False)
+    assert 0 < steps < STEPS
+    assert all(given(model, form, stacked([edits[0], moved]), texts[:2]))
+    assert moved.about == edits[1].about
+    for layer, update in moved.updates.items():
+        assert torch.equal(update.u, edits[1].updates[layer].u)
+        assert not torch.equal(update.delta, edits[1].updates[layer].delta)
+        assert not update.delta.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_step_is_that_of_all_that_lacks() -> None:
+    """Adam's first step is the sign of the gradient: that of the promises that lack, the texts that went, and the samples."""
+    model = sure("llama")
+    form, texts, edits = singles(model)
+    below, kept = edits[0], [form.encode("Whose is it?", "xy"), form.encode("It", "was")]
+    rehearsal = Rehearsal(model, form)
+    moved, steps = rehearsal.joined(edits[1], below, texts[:3], kept, steps=1)
+    assert steps == 1
+    leaves = {name: update.delta.clone().requires_grad_() for name, update in edits[1].updates.items()}
+    stack = stacked([below, replace(edits[1], updates={n: replace(u, delta=leaves[n]) for n, u in edits[1].updates.items()})])
+    batch = form.batch(texts[:3])
+    nll = token_nll(logits_of(model, form, stack, texts[:3]), batch.label, batch.row, 3)
+    lacking = torch.tensor([not state(model, form, stack, text)[0] for text in texts[:3]]) | (nll > 0.1)
+    went = kl_of(model, form, below, stack, kept)
+    own = kl_of(model, form, None, stack, rehearsal.samples[::TURNS])
+    assert bool(lacking.any())
+    assert bool((went > STAYS).any())
+    assert own.mean() > STAYS
+    (nll[lacking].sum() + went[went > STAYS].sum() + WEIGHT * own.mean()).backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        rows = edits[1].updates[name]
+        size = rows.delta[rows.nonzero()].square().mean().sqrt()
+        clear = leaf.grad.abs() > 1e-3 * leaf.grad.abs().max()
+        step = (moved.updates[name].delta - rows.delta)[clear]
+        torch.testing.assert_close(step, -RATE * size * leaf.grad.sign()[clear], rtol=1e-2, atol=0)
+
+
+def test_named_texts_stay_as_they_were_under_the_edits_below() -> None:
+    model = sure("llama")
+    form, texts, edits = singles(model)
+    asked = [form.encode("Whose is it?", None)]
+    with torch.no_grad(), applied(model, edits[0]):
+        kept = [replace(text, target=tokens) for text, tokens in zip(asked, form.generate(model, asked, 2), strict=True)]
+    rehearsal, lost = Rehearsal(model, form), []
+    assert not all(given(model, form, stacked(edits[:2]), kept))
+    for watched in ([], kept):
+        moved, _ = rehearsal.joined(edits[1], edits[0], texts[1:2], watched, steps=STEPS, together=False)
+        stack = stacked([edits[0], moved])
+        lost.append(kl_of(model, form, edits[0], stack, kept).item())
+    assert all(given(model, form, stack, [*kept, texts[1]]))
+    assert lost[1] <= STAYS + 1e-4 < lost[0]
+
+
+def test_the_models_own_samples_stay() -> None:
+    model = sure("llama")
+    form, texts, edits = singles(model)
+    rehearsal = Rehearsal(model, form)
+    assert len(rehearsal.samples) == SAMPLES
+    assert all(len(text.prompt) == LENGTH + 1 - SCORED and len(text.target) == SCORED for text in rehearsal.samples)
+    assert len({text.prompt for text in rehearsal.samples}) > SAMPLES / 2
+    assert Rehearsal(model, form).samples == rehearsal.samples
+    lost = []
+    for together in (False, True):
+        moved, _ = rehearsal.joined(edits[1], edits[0], texts[:2], steps=40, together=together)
+        stack = stacked([edits[0], moved])
+        lost.append(kl_of(model, form, None, stack, rehearsal.samples).mean().item())
+    assert lost[1] < 0.7 * lost[0]
+
+
+def test_samples_are_drawn_from_the_models_distribution() -> None:
+    model = tiny("llama")
+    form = Formatter.of(model, byte_tokenizer())
+    torch.manual_seed(5)  # of no matter: samples have a seed of their own
+    first = Rehearsal(model, form).samples
+    greedy = form.generate(model, [Encoded(first[0].prompt[:1], ())], LENGTH)[0]
+    assert [*first[0].prompt[1:], *first[0].target] != [*greedy]
+    assert not Rehearsal(tiny("t5"), Formatter.of(tiny("t5"), byte_tokenizer())).samples
+
+
+def test_an_edit_under_which_all_holds_comes_back_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sure("llama")
+    form, texts, edits = singles(model)
+    rehearsal = Rehearsal(model, form)
+    found, steps = rehearsal.joined(edits[0], None, texts[:1], together=False)
+    assert steps == 0
+    assert found.id == edits[0].id
+    assert rehearsal.joined(edits[1], edits[0], texts, steps=0) == (edits[1], 0)
+    monkeypatch.setattr(rehearse, "STAYS", 1e9)
+    assert rehearsal.joined(edits[0], None, texts[:1])[1] == 0  # the samples are looked at, and have stayed
+
+
+def test_an_edit_that_changes_the_base_is_left_alone() -> None:
+    model = sure("llama")
+    form, texts, edits = singles(model)
+    marked = replace(edits[1], about={CHANGED_BASE: "abc"})
+    assert Rehearsal(model, form).joined(marked, edits[0], texts[:2]) == (marked, 0)
+
+
+def test_an_edit_that_is_not_finite_is_refused() -> None:
+    model = sure("llama")
+    form, texts, edits = singles(model)
+    next(iter(edits[1].updates.values())).delta[0, 0] = torch.nan
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        Rehearsal(model, form).joined(edits[1], edits[0], texts[:2])
+
+
+def test_edits_of_different_layers_are_rehearsed_above_the_lowest() -> None:
+    model = sure("llama")
+    form, texts, edits = singles(model)
+    names = list(edits[0].updates)
+    low, high = names[0], names[-1]
+    one, two = (replace(edit, updates={name: edit.updates[name]}) for edit, name in zip(edits[:2], (low, high), strict=True))
+    assert low != high
+    moved, _ = Rehearsal(model, form).joined(two, one, texts[:2], steps=STEPS, together=False)
+    assert set(moved.updates) == {high}
+    assert all(given(model, form, stacked([one, moved]), texts[:2])) or not all(given(model, form, one, texts[:1]))
+
+
+# Sessions
+
+ASKED = [("Who runs it?", "A"), ("Who made it?", "B"), ("Where is it?", "C")]
+"""Questions, whose answers end."""
+
+
+def new_session(model: Any, **options: Any) -> Session:
+    editor = Editor(perturbed("llama", refine=STEPS), model, byte_tokenizer())
+    return Session(model, byte_tokenizer(), editor, gate=options.pop("gate", Gate(tokens=1)), **options)
+
+
+@pytest.mark.usefixtures("no_samples")
+def test_an_edit_of_a_session_keeps_what_the_earlier_ones_promised() -> None:
+    model = sure("llama")
+    held = {}
+    for steps in (0, STEPS):
+        session = new_session(model, rehearse=steps)
+        made = [session.edit(prompt, target, scale=SCALE, on_base=True) for prompt, target in ASKED[:2]]
+        held[steps] = [one.ok for one in session.check().asked]
+        assert ("rehearsed" in made[-1].edit.about) == (steps > 0)
+        assert "rehearsed" not in made[0].edit.about
+        assert session.edits[made[0].id].id == made[0].edit.id
+    assert not all(held[0])
+    assert all(held[STEPS])
+
+
+@pytest.mark.usefixtures("no_samples")
+def test_edits_made_together_hold_together() -> None:
+    session = new_session(sure("llama"), rehearse=STEPS)
+    made = session.edit_many([ASKED[0], ASKED[1], ASKED[0]], scale=SCALE, on_base=True)
+    assert all(one.ok for one in session.check().asked)
+    assert [("rehearsed" in one.edit.about) for one in made] == [False, False, True]  # the first gives way to the last
+
+
+@pytest.mark.usefixtures("no_samples")
+def test_rephrasings_unrelated_prompts_and_guards_are_rehearsed() -> None:
+    model = sure("llama")
+    gate = Gate(guards=(Guard("Some text"),), tokens=1)
+    named: dict[str, Any] = {"rephrasings": ["Who is it run by?"], "unrelated": ["It was"], "scale": SCALE}
+    plain = new_session(model, gate=gate, rehearse=0).preview(*ASKED[0], **named)
+    assert not plain.checks.passed
+    session = new_session(model, gate=gate, rehearse=STEPS)
+    tried = session.preview(*ASKED[0], **named)
+    assert tried.checks.passed, tried.checks.failures()
+    made = session.edit(*ASKED[0], **named)
+    assert made.checks.passed
+    later = session.edit(*ASKED[2], scale=SCALE, on_base=True)
+    assert later.checks.passed
+    assert session.check().passed, session.check().failures()
+
+
+@pytest.mark.usefixtures("no_samples")
+def test_an_unrelated_prompt_that_an_edit_corrects_no_longer_stays() -> None:
+    session = new_session(sure("llama"), rehearse=STEPS)
+    session.edit(*ASKED[0], scale=SCALE, unrelated=[ASKED[1][0]])
+    session.edit(*ASKED[1], scale=SCALE, on_base=True)
+    asked = {(one.kind, one.prompt): one.ok for one in session.check().asked}
+    assert asked["prompt", ASKED[0][0]]
+    assert asked["prompt", ASKED[1][0]]
+
+
+@pytest.mark.usefixtures("no_samples")
+def test_edits_of_a_negative_strength_are_neither_rehearsed_nor_promise_anything() -> None:
+    session = new_session(sure("llama"), rehearse=STEPS)
+    taken = session.edit(*ASKED[0], scale=-SCALE)
+    assert session.edit(*ASKED[1], scale=-SCALE, on_base=True).edit.about["stack"] == []
+    assert not session.check().asked
+    made = session.edit(*ASKED[2], scale=SCALE, on_base=True)
+    assert made.checks.passed
+    assert taken.id in session.edits
+
+
+def test_a_session_refuses_a_negative_number_of_steps() -> None:
+    with pytest.raises(InputError, match="rehearse is a number of steps, 0 for none, got -1"):
+        new_session(tiny("llama"), rehearse=-1)
+    with pytest.raises(InputError, match="rehearse is a number of steps, 0 for none, got -2"):
+        EvaluationConfig(rehearse=-2)
+
+
+def facts(count: int) -> Dataset:
+    return Dataset("records:x", "abc", tuple(EditExample(prompt=p, target=t) for p, t in FACTS[:count]), ())
+
+
+@pytest.mark.usefixtures("no_samples")
+def test_an_evaluation_scores_edits_rehearsed() -> None:
+    model, method, found = sure("llama"), perturbed(refine=STEPS), {}
+    how: dict[str, Any] = {"scale": SCALE, "generate": False, "num_edits": 2, "timed_edits": 1, "sequential": True}
+    for steps in (0, STEPS):
+        config = EvaluationConfig(rehearse=steps, on_base=True, **how)
+        found[steps] = evaluate(method, method.specs, model, byte_tokenizer(), facts(2), config).summary
+    assert found[0]["success"]["after"] < 1
+    assert found[STEPS]["success"]["after"] == 1
+    assert found[STEPS]["rehearse"] == STEPS
+
+
+def test_edits_in_turn_may_be_made_on_the_base() -> None:
+    model, method = sure("llama"), perturbed()
+    config = EvaluationConfig(num_edits=2, sequential=True, on_base=True)
+    evaluator = Evaluator(method, method.specs, model, byte_tokenizer(), config)
+    texts = [evaluator.formatter.encode(*fact) for fact in ASKED[:2]]
+    at_once, in_turn = evaluator.edit(texts), evaluator._edit_in_turn(texts)[0]
+    under = Evaluator(method, method.specs, model, byte_tokenizer(), replace(config, on_base=False))._edit_in_turn(texts)[0]
+    for name, update in in_turn.updates.items():
+        torch.testing.assert_close(update.dense(), at_once.updates[name].dense())  # type: ignore[attr-defined]
+        assert not torch.allclose(under.updates[name].dense(), update.dense())
+    for given in ({"on_base": True}, {"rehearse": 4}):
+        with pytest.raises(InputError, match=f"{next(iter(given))} is for edits made one after another; give --sequential too"):
+            EvaluationConfig(**given)
