@@ -85,7 +85,7 @@ class Soak:
         a = self.arguments
         options = ["--model", a.model, "--editor", a.editor, "--store", str(self.folder / "store"), "--port", str(self.port)]
         log = (self.folder / "log.txt").open("ab")
-        command = [sys.executable, "-m", "mendlm", "serve", *options, "--dtype", a.dtype]
+        command = [sys.executable, "-m", "mendlm", "serve", *options, "--dtype", a.dtype, "--rehearse", "0"]
         self.process = subprocess.Popen(command, stdout=log, stderr=log)
         for _ in range(600):
             if self.process.poll() is not None:

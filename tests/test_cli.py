@@ -287,6 +287,10 @@ def test_compare_scores_every_method_at_every_count_and_goes_on_where_it_stopped
 
     monkeypatch.setattr("mendlm.evaluation.evaluate", refuse)
     (out / "table.md").unlink()
+    older = next((out / "cells").glob("*/summary.json"))
+    summary = json.loads(older.read_text())
+    del summary["cell"]["evaluation"]["rehearse"]  # written before there was such a setting
+    older.write_text(json.dumps(summary))
     run(*COMPARE, *how, *settings)
     assert (out / "table.md").is_file()
     assert "holds results of other settings" in run(*COMPARE, *how, *settings, "--set", "ft.rate=0.5", fails=True)
@@ -331,11 +335,15 @@ SWEEP = ("--model", "model", "--data", "records:facts.jsonl", "--set", "batch_si
 def test_compare_in_turn_scores_all_requests_under_the_edits_made_one_after_another(run: Command, tmp_path: Path) -> None:
     how = ("--methods", "ft,cache", "--num-edits", "1,3", "--set", "generate=false", "--set", "ft.steps=2")
     found = {}
-    for name, more in (("at once", ()), ("in turn", ("--sequential",))):
+    rehearsed = ("--sequential", "--set", "on_base=true", "--set", "rehearse=2")
+    for name, more in (("at once", ()), ("in turn", ("--sequential",)), ("rehearsed", rehearsed)):
         run(*COMPARE, *how, *more, "--out", tmp_path / name)
         found[name] = json.loads((tmp_path / name / "table.json").read_text())
     cells = [(cell["method"], cell["num_edits"], cell["sequential"]) for cell in found["in turn"]]
     assert cells == [("cache", 1, False), ("cache", 3, False), ("ft", 1, False), ("ft", 3, True)]
+    settings = [(cell["sequential"], cell["on_base"], cell["rehearse"]) for cell in found["rehearsed"]]
+    assert settings == [(False, False, 0)] * 3 + [(True, True, 2)]
+    assert found["rehearsed"][3]["weight_change"] != found["in turn"][3]["weight_change"]
     same = ("success", "weight_change", "locality")
     for place in (0, 1, 2):
         assert [found["in turn"][place][key] for key in same] == [found["at once"][place][key] for key in same]

@@ -73,6 +73,8 @@ class EvaluationConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         require_steps(self.rehearse)
+        if self.rehearse and self.scale <= 0:
+            raise InputError(f"rehearse needs edits that give an answer, at a scale above 0, got {self.scale:g}")
         for name in ("on_base", "rehearse"):
             if getattr(self, name) and not self.sequential:
                 raise InputError(f"{name} is for edits made one after another; give --sequential too, or leave it out")
@@ -163,9 +165,9 @@ class Evaluator:
                     below = None if self.config.on_base else stack
                     with applied(self.model, below) if below is not None else contextlib.nullcontext():
                         new = cast("Edit", self.edit([text], 1))
-                    if stack is not None and self.config.rehearse:
-                        asked, steps = texts[start : place + 1], self.config.rehearse
-                        new = side_by_side([self.rehearsal.joined(new[0], stack[0], asked, steps=steps)[0]])
+                    if stack is not None and self.config.rehearse and self.method.changed_base() is None:
+                        earlier, steps = texts[start:place], self.config.rehearse
+                        new = side_by_side([self.rehearsal.joined(new[0], stack[0], [text], earlier, steps=steps)[0]])
                     stack = new if stack is None else (stack + new).fewest()
                     held.append(self.score([(0, text)], stack)[0].right)
             assert stack is not None

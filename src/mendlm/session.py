@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from mendlm.models import STARTER, base_of, device_of, load
 from mendlm.store import Addition, Store
 from mendlm.tasks import EditExample, Probe
 from mendlm.tasks.base import is_question
-from mendlm.text import Encoded, Formatter, target_ends
+from mendlm.text import Encoded, Formatter, by_length, target_ends
 
+PROMISED = ("prompt", "rephrasing")
+"""The kinds of questions whose answer an edit promised; those of the others are to stay."""
 CACHE_BYTES = 2**28
 """Bytes of rows, single edits and stacks, that a session keeps in memory beside the store's files."""
 
@@ -221,7 +223,7 @@ class Session:
 
         `scale` multiplies the edits; `chat` poses the prompts as chat turns. They are recorded under the active edits, and
         remember them; with `on_base`, as if there were none. `on_fail` is the gate's, or another; `callback` is told how many
-        are ready, of how many, before they are judged. Raises `GateError` if the gate refuses.
+        are ready, of how many, before they are judged, anew at each strength. Raises `GateError` if the gate refuses.
         """
         examples = [one if isinstance(one, EditExample) else request(*one) for one in requests]
         on_fail = on_fail or self.gate.on_fail
@@ -275,11 +277,11 @@ class Session:
         with _under(self.model, None if on_base else below):
             edits = self.editor.edit_many(examples, scale=scale, chat=chat)
         edits = [replace(one, about={**one.about, "stack": [] if on_base else rest}) for one in edits]
-        if self.rehearse and scale > 0:
-            for place, edit in enumerate(self._rehearsed(edits, examples, rest, chat)):
-                edits[place] = edit
-                if callback is not None:
-                    callback(place + 1, len(edits))
+        made = self._rehearsed(edits, examples, rest, chat) if self.rehearse and scale > 0 else iter(edits)
+        for place, edit in enumerate(made):
+            edits[place] = edit
+            if callback is not None:
+                callback(place + 1, len(edits))
         milliseconds = 1000 * (time.perf_counter() - begun) / max(1, len(edits))
         last = {example.prompt.strip(): edit for example, edit in zip(examples, edits, strict=True)}  # as in the journal
         after = self._fuse([*(self._read(name) for name in rest), *last.values()])
@@ -289,43 +291,57 @@ class Session:
         replaces = [() if one is None else (one,) for one in replaced]
         return [Trial(*parts, milliseconds) for parts in zip(edits, checks, replaces, strict=True)]
 
-    def _rehearsed(self, edits: Sequence[Edit], examples: Sequence[EditExample], rest: list[str], chat: bool) -> Iterator[Edit]:
-        """New edits one after another, each rehearsed on what is promised of it, of those before it and of those that stay
-        active, and on the guards. One that a later one of the same prompt replaces is left alone.
+    def _rehearsed(
+        self, edits: Sequence[Edit], examples: Sequence[EditExample], rest: Sequence[str], chat: bool
+    ) -> Iterator[Edit]:
+        """New edits one after another, each rehearsed on what it promises and what was promised before it, by those that stay
+        active and by those new ones that do; unrelated prompts and guards are to keep the answers that they have now.
         """
         last = {example.prompt.strip(): place for place, example in enumerate(examples)}
-        asked = [*self.gate.questions(), *itertools.chain(*map(_promised, map(self.store.record, rest)))]
-        live = [self._read(name) for name in rest]
+        new = [questions(example, chat=chat) for example in examples]
+        old = list(itertools.chain(*map(_promised, map(self.store.record, rest))))
+        told = [*self.gate.questions(), *old, *itertools.chain(*new)]
+        texts = {_key(one): self._promise(one) for one in told if one.kind in PROMISED}
+        promised = {key: text for key, text in texts.items() if text is not None}
+        watched = {_key(one): one for one in told if one.kind not in PROMISED and _key(one) not in texts}
+        tokens = max(self.gate.tokens, 1 + max((len(promised[_key(one[0])].target) for one in new), default=0))
+        before = self.active
+        kept = self._answers(list(watched.values()), before, tokens)
+        earlier, live = {key for key in map(_key, old) if key in promised}, [self._read(name) for name in rest]
         for place, (edit, example) in enumerate(zip(edits, examples, strict=True)):
             if last[example.prompt.strip()] == place:
-                asked += questions(example, chat=chat)
-                edit = self._joined(edit, stacked(live) if live else None, asked)
+                own = {key for key in map(_key, new[place]) if key in promised}
+                if live or kept or len(own) > 1:  # of a prompt alone the editor has seen whether it has taken
+                    mine, others = ([promised[key] for key in promised if key in some] for some in (own, earlier - own))
+                    below = stacked(live) if live else None
+                    how: dict[str, Any] = {"before": before, "steps": self.rehearse}
+                    moved, steps = self._rehearsal.joined(edit, below, mine, others, kept, **how)
+                    edit = replace(moved, about={**edit.about, "rehearsed": steps}) if steps else edit
                 live.append(edit)
+                earlier |= own
             yield edit
 
-    def _joined(self, edit: Edit, below: Edit | None, asked: Sequence[Asked]) -> Edit:
-        if below is None and len(asked) == 1:  # a prompt alone: the editor has looked at it
-            return edit
-        wanted = {(one.prompt.strip(), one.chat): one for one in asked if one.kind in ("prompt", "rephrasing")}
-        watched = {(one.prompt.strip(), one.chat): one for one in asked if one.kind in ("unrelated", "guard")}
-        promised = [self._promise(one) for one in wanted.values()]
-        longest = max(self.gate.tokens, *(len(text.target) + 1 for text in promised))  # as the gate asks
-        kept = self._answers_now([one for key, one in watched.items() if key not in wanted], below, longest)
-        how: dict[str, Any] = {"steps": self.rehearse, "together": below is not None}
-        moved, steps = self._rehearsal.joined(edit, below, promised, kept, **how)
-        return replace(moved, about={**edit.about, "rehearsed": steps}) if steps else edit
-
-    def _promise(self, one: Asked) -> Encoded:
-        """A prompt with the answer that it must get."""
+    def _promise(self, one: Asked) -> Encoded | None:
+        """A prompt with the answer that it must get; None for one that this model cannot be asked."""
         end = target_ends("auto", question=is_question(one.prompt), chat=one.chat, family=self.formatter.family)
-        return self.formatter.encode(one.prompt, one.wanted, chat=one.chat, end=end)
+        with suppress(InputError):
+            return self.formatter.encode(one.prompt, one.wanted, chat=one.chat, end=end)
+        return None
 
-    def _answers_now(self, asked: Sequence[Asked], below: Edit | None, tokens: int) -> list[Encoded]:
-        """Prompts with their answers under a stack, of so many tokens."""
-        texts = [self.formatter.encode(one.prompt, None, chat=one.chat) for one in asked]
-        with _under(self.model, below):
-            found = self.formatter.generate(self.model, texts, tokens) if texts else []
-        return [Encoded(text.prompt, answer) for text, answer in zip(texts, found, strict=True) if answer]
+    def _answers(self, asked: Sequence[Asked], edit: Edit | None, tokens: int) -> list[Encoded]:
+        """Prompts with their answers under an edit, of so many tokens, or up to their end; none that cannot be asked."""
+        texts, end = [], self.formatter.tokenizer.eos_token_id
+        for one in asked:
+            with suppress(InputError):
+                texts.append(self.formatter.encode(one.prompt, None, chat=one.chat))
+        found = []
+        for group in by_length([len(text) for text in texts], limit=16):
+            with _under(self.model, edit):
+                answers = self.formatter.generate(self.model, [texts[i] for i in group], tokens)
+            for i, answer in zip(group, answers, strict=True):
+                ended = len(answer) < tokens and self.formatter.family != "classifier" and end is not None
+                found.append(Encoded(texts[i].prompt, (*answer, end) if ended else answer, ended))
+        return [text for text in found if text.target]
 
     def _keep(self, trials: Sequence[Trial], examples: Sequence[EditExample], author: str, reason: str) -> list[Made]:
         additions = []
@@ -444,11 +460,16 @@ def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated
     return EditExample(prompt=prompt, target=target, rephrasings=tuple(rephrasings), unrelated=probes, question=question)
 
 
+def _key(one: Asked) -> tuple[str, bool]:
+    return one.prompt.strip(), one.chat
+
+
 def _promised(record: Record) -> list[Asked]:
     """What a record's edit promised, as its gate asked it; nothing where no request is named, or its edit takes away."""
     asked = []
     for told in record.request.get("parts") or [record.request]:
-        if told.get("prompt") and told.get("target") and told.get("scale", 1) > 0:
+        scale = told.get("scale")
+        if told.get("prompt") and told.get("target") and not (isinstance(scale, int | float) and scale <= 0):
             unrelated = [Probe(probe["prompt"], probe.get("answer")) for probe in told.get("unrelated", ())]
             example = request(told["prompt"], told["target"], told.get("rephrasings", ()), unrelated)
             asked += questions(example, chat=bool(told.get("chat")))

@@ -79,8 +79,9 @@ def compare(
         run, own, scored = runs.get((name, count)), values.get(name, {}), len(requests.examples)
         chosen, trained = common.open_method(name, own, run, model, loaded, tokenizer, unrelated, scored=scored)
         # A single edit, or what a method keeps of each request by itself, is the same in turn as at once.
-        in_turn = config.sequential and count > 1 and chosen.edits_weights
-        own_config = replace(config, num_edits=count, sequential=in_turn)
+        own_config = replace(config, num_edits=count)
+        if count == 1 or not chosen.edits_weights:
+            own_config = replace(own_config, sequential=False, on_base=False, rehearse=0)
         cell = {
             "model_sha256": base["sha256"],
             "dtype": base["dtype"],
@@ -101,7 +102,8 @@ def compare(
         Evaluator(chosen, chosen.specs, loaded, tokenizer, own_config)
         if (place / "summary.json").exists():
             found = read(place / "summary.json").get("cell") or {}
-            if {**found, "method": with_defaults(type(chosen.config), found.get("method", {}))} != cell:
+            defaults: dict[str, type[Any]] = {"evaluation": EvaluationConfig, "method": type(chosen.config)}
+            if {**found, **{part: with_defaults(kind, found.get(part, {})) for part, kind in defaults.items()}} != cell:
                 raise InputError(f"{place} holds results of other settings, data or editor; choose another --out")
             common.note(f"{name}, {count} together: done before")
         else:

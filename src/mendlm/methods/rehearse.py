@@ -54,7 +54,7 @@ class Rehearsal:
 
     def __init__(self, model: Any, formatter: Formatter) -> None:
         self.model, self.formatter = model, formatter
-        self._own: dict[frozenset[str], list[_Texts]] = {}
+        self._own: tuple[frozenset[str], list[_Texts]] = frozenset(), []
 
     @functools.cached_property
     def samples(self) -> list[Encoded]:
@@ -75,29 +75,33 @@ class Rehearsal:
         edit: Edit,
         below: Edit | None,
         promised: Sequence[Encoded],
+        earlier: Sequence[Encoded] = (),
         kept: Sequence[Encoded] = (),
         *,
+        before: Edit | None = None,
         steps: int = STEPS,
-        together: bool = True,
     ) -> tuple[Edit, int]:
         """A single edit that joins `below`, after at most `steps` steps, and how many it took.
 
-        Of each promised text every target token is to be the likeliest, and its mean NLL small; of each kept one the
-        distribution of the target is to be what it is under `below`; `together`, the model's own samples are to stay, too.
-        An edit under which all of it holds costs one pass and comes back as it is; one that holds a change of the base is left
+        Of each text that it promised every target token is to be the likeliest, and its mean NLL small, together with `below`
+        and by itself; of each promised `earlier`, together. Of each kept text the distribution of the target is to be what it
+        is under `before`, and where there are edits below, that of the model's own samples what it is under none. An edit
+        under which all of it holds is looked at once and comes back as it is; one that holds a change of the base is left
         alone. Raises `NumericalError` for an edit that is not finite.
         """
-        if not steps or CHANGED_BASE in edit.about:
+        if steps <= 0 or CHANGED_BASE in edit.about:
             return edit, 0
         edit = edit.detach().require_finite()
         names = frozenset(edit.updates) | frozenset(below.updates if below is not None else ())
         available = editable(self.model)
-        trunk = Trunk.where_possible(self.model, [available[name] for name in sorted(names)])
-        asked = self._texts(promised, trunk) + self._texts(kept, trunk, below, stay=True)
-        if together and names not in self._own:
+        known = [available[name] for name in sorted(names & available.keys())]
+        trunk = Trunk.where_possible(self.model, known) if len(known) == len(names) else Trunk(())
+        alone = [] if below is None else self._texts(promised, trunk)
+        stacked_up = self._texts([*promised, *earlier], trunk) + self._texts(kept, trunk, before, stay=True)
+        if below is not None and self._own[0] != names:
             turns = [self._texts(self.samples[turn::TURNS], trunk, stay=True) for turn in range(TURNS)]
-            self._own[names] = [texts for turn in turns for texts in turn]
-        own = self._own[names] if together else []
+            self._own = names, [texts for turn in turns for texts in turn]
+        own = self._own[1] if below is not None else []
         sizes = {name: size_of(update) for name, update in edit.updates.items()}
         shifts = {name: torch.zeros_like(update.delta) for name, update in edit.updates.items()}
         optimizer = torch.optim.Adam(shifts.values(), lr=RATE, betas=(0.9, 0.99))
@@ -105,10 +109,18 @@ class Rehearsal:
         for look in range(steps + 1):
             deltas = [update.delta.requires_grad_() for update in now.updates.values()]
             stack = now if below is None else stacked([below, now])
-            lacking = [self._slopes(texts, stack, trunk, deltas) for texts in asked]
+            lacking = False
+            for texts, under in [*((one, now) for one in alone), *((one, stack) for one in stacked_up)]:
+                value, well = self._looked_at(texts, under, trunk)
+                if not bool(well.all()):
+                    lacking = True
+                    torch.autograd.backward(value[~well].sum(), inputs=deltas)
             if own:
-                lacking.append(self._slopes(own[look % len(own)], stack, trunk, deltas, own=True))
-            if look == steps or not any(lacking):
+                value, _ = self._looked_at(own[look % len(own)], stack, trunk)
+                lacking |= bool(value.mean() > STAYS)
+                if lacking:
+                    torch.autograd.backward(WEIGHT * value.mean(), inputs=deltas)
+            if look == steps or not lacking:
                 break
             for shift, delta in zip(shifts.values(), deltas, strict=True):
                 shift.grad = delta.grad
@@ -117,32 +129,28 @@ class Rehearsal:
             now = replace(edit, updates=moved)
         return now.detach().require_finite(), look
 
-    def _slopes(self, texts: _Texts, stack: Edit, trunk: Trunk, deltas: Sequence[Tensor], *, own: bool = False) -> bool:
-        """Whether something lacks under the stack; the gradient of that is added to these rows'."""
+    def _looked_at(self, texts: _Texts, edit: Edit, trunk: Trunk) -> tuple[Tensor, Tensor]:
+        """What each text loses under the edit: NLL, or KL where it is to stay; and whether that is well."""
         batch = texts.batch
-        with trunk.replay(texts.tape), stack.on(self.model), short_attention(self.model, batch):
+        with trunk.replay(texts.tape), edit.on(self.model), short_attention(self.model, batch):
             logits = scored_logits(self.model, batch)
         if texts.before is None:
-            value, well = looked_at(logits, batch)
-        else:
-            value = token_kl(texts.before, logits, batch.row, batch.size)
-            same = all_by_row(logits.argmax(-1) == texts.before.argmax(-1), batch.row, batch.size)
-            well = (value <= STAYS) & same
-        lacks = bool(value.mean() > STAYS) if own else not bool(well.all())
-        loss = WEIGHT * value.mean() if own else value[~well].sum()
-        torch.autograd.backward(loss, inputs=deltas)
-        return lacks
+            return looked_at(logits, batch)
+        kl = token_kl(texts.before, logits, batch.row, batch.size)
+        same = all_by_row(logits.argmax(-1) == texts.before.argmax(-1), batch.row, batch.size)
+        return kl, (kl <= STAYS) & same
 
     @torch.no_grad()
-    def _texts(self, texts: Sequence[Encoded], trunk: Trunk, below: Edit | None = None, *, stay: bool = False) -> list[_Texts]:
-        """Texts in groups of like length, with their trunk run; those that are to stay with their logits under `below`."""
+    def _texts(self, texts: Sequence[Encoded], trunk: Trunk, edit: Edit | None = None, *, stay: bool = False) -> list[_Texts]:
+        """Texts in groups of like length, with their trunk run; those that are to stay with their logits under an edit."""
         found = []
         for group in by_length([len(text) for text in texts], limit=TOGETHER):
             batch = self.formatter.batch([texts[i] for i in group])
             tape = trunk.run(self.model, batch.inputs)
             before = None
             if stay:
-                with trunk.replay(tape), contextlib.nullcontext() if below is None else below.on(self.model):
+                under = contextlib.nullcontext() if edit is None else edit.on(self.model)
+                with trunk.replay(tape), under, short_attention(self.model, batch):
                     before = scored_logits(self.model, batch)
             found.append(_Texts(batch, tape, before))
         return found
