@@ -107,13 +107,18 @@ def test_a_step_is_that_of_all_that_lacks() -> None:
         torch.testing.assert_close(step, -RATE * size * leaf.grad.sign()[clear], rtol=1e-2, atol=0)
 
 
+def answered(model: Any, form: Formatter, prompt: str, edit: Edit, tokens: int) -> Encoded:
+    """A prompt with its answer under an edit."""
+    text = form.encode(prompt, None)
+    with torch.no_grad(), applied(model, edit):
+        return replace(text, target=form.generate(model, [text], tokens)[0])
+
+
 @pytest.mark.usefixtures("no_samples")
 def test_named_texts_stay_as_they_were_under_the_edits_below() -> None:
     model = sure("llama")
     form, texts, edits = singles(model)
-    asked = [form.encode("Whose is it?", None)]
-    with torch.no_grad(), applied(model, edits[0]):
-        kept = [replace(text, target=tokens) for text, tokens in zip(asked, form.generate(model, asked, 2), strict=True)]
+    kept = [answered(model, form, "Whose is it?", edits[0], 2)]
     rehearsal, lost = Rehearsal(model, form), []
     assert not all(given(model, form, stacked(edits[:2]), kept))
     for watched in ([], kept):
@@ -122,6 +127,17 @@ def test_named_texts_stay_as_they_were_under_the_edits_below() -> None:
         lost.append(kl_of(model, form, edits[0], stack, kept).item())
     assert all(given(model, form, stack, [*kept, texts[1]]))
     assert lost[1] <= STAYS + 1e-4 < lost[0]
+
+
+@pytest.mark.usefixtures("no_samples")
+def test_every_token_of_a_kept_answer_stays_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearse, "STAYS", 1e9)
+    model = sure("llama")
+    form, _, edits = singles(model)
+    kept = [answered(model, form, "Whose is it?", edits[0], 2)]
+    moved, steps = Rehearsal(model, form).joined(edits[1], edits[0], [], (), kept, before=edits[0], steps=STEPS)
+    assert 0 < steps < STEPS
+    assert given(model, form, stacked([edits[0], moved]), kept) == [True]
 
 
 def test_the_models_own_samples_stay() -> None:

@@ -207,6 +207,13 @@ def test_edits_made_in_turn_show_what_became_of_the_first(drawn: list[Any]) -> N
     assert lines["mend, when made"] == [0.95, 0.95]
 
 
+def test_what_was_rehearsed_or_made_on_the_base_is_told_apart() -> None:
+    settings: tuple[dict[str, Any], ...] = ({}, {"on_base": True}, {"on_base": True, "rehearse": 40})
+    turns = [cell(num_edits=5, sequential=True, **more) for more in settings]
+    names = [line.split(" | ")[1] for line in table(turns).splitlines()[2:]]
+    assert sorted(names) == ["mend", "mend, on the base", "mend, on the base, rehearsed"]
+
+
 def test_models_and_edits_in_turn_are_told_apart(drawn: list[Any]) -> None:
     models = [cell(model=name, model_sha256=name * 64) for name in ("a", "b")]
     assert [line.split(" | ")[0] for line in table(models).splitlines()[2:]] == ["| a: zsre:a.json", "| b: zsre:a.json"]

@@ -350,6 +350,8 @@ def _name(cell: dict[str, Any], *, chat: bool = True) -> str:
         cell["method"],
         "chat" if chat and cell["chat"] else "",
         f"strength {cell['scale']:g}" if cell["scale"] != 1 else "",
+        "on the base" if cell.get("on_base") else "",
+        "rehearsed" if cell.get("rehearse") else "",
     ]
     return ", ".join(filter(None, parts))
 
