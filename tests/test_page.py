@@ -225,7 +225,7 @@ def served_for_real(**session: Any) -> Iterator[str]:
     from test_session import new_session
 
     with contextlib.ExitStack() as stack:
-        worker = Worker(new_session(**session), Limits(gather_ms=0, max_tokens=64, prompt_tokens=100))
+        worker = Worker(new_session(**{"rehearse": 1, **session}), Limits(gather_ms=0, max_tokens=64, prompt_tokens=100))
         stack.callback(worker.close, 10)
         worker.start()
         listening = stack.enter_context(server.bound("127.0.0.1", 0, guarded=False))

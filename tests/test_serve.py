@@ -67,7 +67,7 @@ class Service:
     def __init__(
         self, *, limits: Limits = LIMITS, rules: Rules | None = None, token_file: Path | None = None, **session: Any
     ) -> None:
-        self.session = new_session(**session)
+        self.session = new_session(**{"rehearse": 1, **session})
         self.worker = Worker(self.session, limits)
         self.worker.start()
         known = None if token_file is None else tokens.Tokens(token_file)
@@ -131,6 +131,12 @@ def guarded(tmp_path: Path) -> Iterator[tuple[Service, dict[str, dict[str, str]]
 
 
 # Edits
+
+
+def test_an_edit_that_joins_another_is_rehearsed() -> None:
+    service = Service(rehearse=2)
+    made = [service.edit()["record"]["id"], service.edit(prompt=PROMPTS[1], target="Lyon")["record"]["id"]]
+    assert [service.session.edits[one].about.get("rehearsed") for one in made] == [None, 2]
 
 
 def test_an_edit_from_its_making_to_its_redoing(service: Service) -> None:
