@@ -155,6 +155,26 @@ def test_edit_generate_and_a_second_edit(run: Command, place: Path, tmp_path: Pa
     assert "already active" in run(*asked, "--edit", tmp_path / "one", "--edit", tmp_path / "one", fails=True)
 
 
+def test_an_edit_is_rehearsed_on_what_is_named_beside_its_prompt(run: Command, tmp_path: Path) -> None:
+    asked = ("edit", *ON, "--prompt", "Who is Ana?", "--target", "a baker", "--dtype", "float32")
+    named = ("--rephrasing", "Ana is who?", "--unrelated", "Who is Bo?")
+    folders = [tmp_path / name for name in ("plain", "one", "none")]
+    for folder, more in zip(folders, ((), (*named, "--rehearse", 1), (*named, "--rehearse", 0)), strict=True):
+        run(*asked, *more, "--out", folder)
+    plain, rehearsed, unmoved = map(Edit.load, folders)
+    assert (rehearsed.about["rehearsed"], "rehearsed" in unmoved.about) == (1, False)
+    assert rehearsed.id != plain.id == unmoved.id
+    assert rehearsed.about["request"]["rephrasings"] == ["Ana is who?"]
+    assert rehearsed.about["request"]["unrelated"] == [{"prompt": "Who is Bo?", "answer": None}]
+    (kept,) = run("store", tmp_path / "store", "add", tmp_path / "one")["added"]
+    assert kept["request"]["rephrasings"] == ["Ana is who?"]
+    for more in ((*named, "--target-end", "never"), (*named, "--scale", -1), ("--rehearse", 3)):
+        assert "--rephrasing and --unrelated" in run(*asked, *more, "--out", tmp_path / "x", fails=True)
+    from_file = ("edit", *ON, "--data", "records:facts.jsonl", *named, "--out", tmp_path / "x")
+    assert "leave --data and --target-end out" in run(*from_file, fails=True)
+    assert not (tmp_path / "x").exists()
+
+
 def test_edit_of_a_file_is_one_folder_a_record(run: Command, tmp_path: Path) -> None:
     precise = ("--dtype", "float32")  # in bf16 a batch rounds otherwise than a text alone
     made = run("edit", *ON, "--data", "records:facts.jsonl", "--out", tmp_path / "many", *precise)

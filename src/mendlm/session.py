@@ -237,7 +237,7 @@ class Session:
                 continue
             failed = [trial.checks for trial in trials if not trial.checks.passed]
             if not failed or on_fail == "report":
-                return self._keep(trials, examples, author, reason)
+                return self._keep(trials, author, reason)
         raise GateError(
             f"{len(failed)} of {len(trials)} edits failed the gate at strength {', '.join(f'{s:g}' for s in strengths)}, "
             "and nothing was changed. Word it differently, or report instead of refusing. Of the first, at the last strength:\n"
@@ -276,7 +276,8 @@ class Session:
         begun = time.perf_counter()
         with _under(self.model, None if on_base else below):
             edits = self.editor.edit_many(examples, scale=scale, chat=chat)
-        edits = [replace(one, about={**one.about, "stack": [] if on_base else rest}) for one in edits]
+        stack = [] if on_base else rest
+        edits = [_told(edit, example, stack) for edit, example in zip(edits, examples, strict=True)]
         made = self._rehearsed(edits, examples, rest, chat) if self.rehearse and scale > 0 else iter(edits)
         for place, edit in enumerate(made):
             edits[place] = edit
@@ -343,16 +344,9 @@ class Session:
                 found.append(Encoded(texts[i].prompt, (*answer, end) if ended else answer, ended))
         return [text for text in found if text.target]
 
-    def _keep(self, trials: Sequence[Trial], examples: Sequence[EditExample], author: str, reason: str) -> list[Made]:
-        additions = []
-        for trial, example in zip(trials, examples, strict=True):
-            about = trial.edit.about
-            told = {
-                "rephrasings": list(example.rephrasings),
-                "unrelated": [{"prompt": probe.prompt, "answer": probe.answer} for probe in example.unrelated],
-            }
-            edit = replace(trial.edit, about={**about, "request": {**about["request"], **told}})
-            additions.append(addition(edit, base_of(self.model), {**trial.checks.to_json(), "norms": trial.norms}))
+    def _keep(self, trials: Sequence[Trial], author: str, reason: str) -> list[Made]:
+        base = base_of(self.model)
+        additions = [addition(trial.edit, base, {**trial.checks.to_json(), "norms": trial.norms}) for trial in trials]
         records = self.store.add_many(additions, author=author, reason=reason)
         kept = zip(trials, records, strict=True)
         return [Made(self._read(r.id), t.checks, r.supersedes, t.milliseconds, r.id) for t, r in kept]
@@ -458,6 +452,13 @@ def request(prompt: str, target: str, rephrasings: Sequence[str] = (), unrelated
     probes = tuple(probe if isinstance(probe, Probe) else Probe(probe) for probe in unrelated)
     question = is_question(prompt)
     return EditExample(prompt=prompt, target=target, rephrasings=tuple(rephrasings), unrelated=probes, question=question)
+
+
+def _told(edit: Edit, example: EditExample, stack: Sequence[str]) -> Edit:
+    """An edit that says all that was asked of it, and what it was recorded under."""
+    unrelated = [{"prompt": probe.prompt, "answer": probe.answer} for probe in example.unrelated]
+    asked = {**edit.about["request"], "rephrasings": list(example.rephrasings), "unrelated": unrelated}
+    return replace(edit, about={**edit.about, "request": asked, "stack": list(stack)})
 
 
 def _key(one: Asked) -> tuple[str, bool]:

@@ -62,6 +62,10 @@ Rehearse = Annotated[
         "--rehearse", min=0, help="Steps at most by which an edit that joins others is tuned with them (default: 40)."
     ),
 ]
+Rephrasings = Annotated[
+    list[str] | None, typer.Option("--rephrasing", help="Another wording that should get the target, too; may repeat.")
+]
+Unrelated = Annotated[list[str] | None, typer.Option("--unrelated", help="A prompt whose answer should stay; may repeat.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count malformed records and go on.")]
 
 
@@ -247,7 +251,7 @@ def editor_of(editor: str | None, source: str) -> str:
     return editor or "starter"
 
 
-def rehearsing(steps: int | None) -> dict[str, int]:
+def rehearsing(steps: int | None) -> dict[str, Any]:
     """What a session takes for `--rehearse`: its own default where it is not given."""
     return {} if steps is None else {"rehearse": steps}
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mendlm import processes
 from mendlm.cli import common
 from mendlm.errors import InputError
+
+if TYPE_CHECKING:
+    from mendlm.apply import Edit
+    from mendlm.editor import Editor
 
 CHUNK = 256
 """How many requests of a file are edited at a time."""
@@ -74,6 +79,9 @@ def edit(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="The prompt to correct.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="The answer it should get.")] = None,
+    rephrasings: common.Rephrasings = None,
+    named: common.Unrelated = None,
+    rehearse: common.Rehearse = None,
     data: Annotated[str | None, typer.Option("--data", help="TASK:PATH of requests, instead of one.")] = None,
     together: Annotated[
         bool, typer.Option("--together", help="With --data: one edit of all its requests, by malmen merged, else summed.")
@@ -95,6 +103,14 @@ def edit(
         raise InputError("say what to edit: either --prompt and --target, or --data TASK:PATH")
     if together and data is None:
         raise InputError("--together makes one edit of many requests; give them by --data TASK:PATH")
+    asked = bool(rephrasings or named)
+    if asked and (data is not None or target_end != "auto" or scale <= 0):
+        raise InputError(
+            "--rephrasing and --unrelated are for one --prompt and --target, at a --scale above 0, whose answer ends as usual; "
+            "leave --data and --target-end out"
+        )
+    if rehearse is not None and not asked:
+        raise InputError("--rehearse is how often --rephrasing and --unrelated are rehearsed; name some, or leave it out")
 
     from mendlm.editor import Editor
     from mendlm.evaluation import require_work
@@ -128,7 +144,12 @@ def edit(
     main, given = processes.is_main(), 0
     if data is None or together:
         given = sum(opened.already_given(requests, **how))
-        one = opened.edit_together(requests, scale=scale, **how) if together else opened.edit(*requests[0], scale=scale, **how)
+        if together:
+            one = opened.edit_together(requests, scale=scale, **how)
+        elif asked:
+            one = _rehearsed(opened, requests[0], rephrasings or (), named or (), scale, chat, common.rehearsing(rehearse))
+        else:
+            one = opened.edit(*requests[0], scale=scale, **how)
         if main:
             one.save(out, force=force)
         folders = [out]
@@ -159,6 +180,25 @@ def edit(
     if given:
         common.note(f"{given} of {len(requests)} targets are what the model answers already")
     common.emit(json_output, content, f"{text} ({skipped} malformed records skipped)" if skipped else text)
+
+
+def _rehearsed(
+    editor: Editor,
+    request: tuple[str, str],
+    rephrasings: Sequence[str],
+    unrelated: Sequence[str],
+    scale: float,
+    chat: bool,
+    how: dict[str, Any],
+) -> Edit:
+    """One edit, rehearsed on what is named beside its prompt; what does not hold all the same is said."""
+    from mendlm.session import Session
+
+    session = Session(editor.model, editor.formatter.tokenizer, editor, **how)
+    tried = session.preview(*request, rephrasings=rephrasings, unrelated=unrelated, scale=scale, chat=chat, on_base=True)
+    if not tried.checks.passed:
+        common.note(f"not all of it holds:\n{tried.checks.failures()}")
+    return tried.edit
 
 
 @common.loads_model

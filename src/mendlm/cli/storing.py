@@ -65,12 +65,8 @@ def add(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Instead of folders: the prompt to correct.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="The answer that it should get.")] = None,
-    rephrasings: Annotated[
-        list[str] | None, typer.Option("--rephrasing", help="Another wording that should get it, too; may repeat.")
-    ] = None,
-    unrelated: Annotated[
-        list[str] | None, typer.Option("--unrelated", help="A prompt whose answer should stay; may repeat.")
-    ] = None,
+    rephrasings: common.Rephrasings = None,
+    unrelated: common.Unrelated = None,
     data: Annotated[str | None, typer.Option("--data", help="Instead of one request: TASK:PATH of many.")] = None,
     guard: Annotated[
         Path | None, typer.Option("--guard", help="JSON Lines of prompts, and answers, that no edit may break.")
