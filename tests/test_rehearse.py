@@ -214,6 +214,9 @@ def test_edits_of_different_layers_are_rehearsed_above_the_lowest() -> None:
     moved, _ = Rehearsal(model, form).joined(two, one, [], texts[1:2], steps=STEPS)
     assert set(moved.updates) == set(two.updates)
     assert given(model, form, stacked([one, moved]), texts[1:2]) == [True]
+    kept = [answered(model, form, "Whose is it?", one, 2)]
+    assert given(model, form, two * 0.0, kept) == [False]
+    assert Rehearsal(model, form).joined(two * 0.0, None, [], (), kept, before=one, steps=2)[1] == 2
 
 
 # Sessions

@@ -305,8 +305,8 @@ class Session:
         texts = {_key(one): self._promise(one) for one in told if one.kind in PROMISED}
         promised = {key: text for key, text in texts.items() if text is not None}
         watched = {_key(one): one for one in told if one.kind not in PROMISED and _key(one) not in texts}
-        tokens = max(self.gate.tokens, 1 + max((len(promised[_key(one[0])].target) for one in new), default=0))
-        before = self.active
+        longest = max((len(promised[key].target) for one in new for key in map(_key, one) if key in promised), default=0)
+        before, tokens = self.active, max(self.gate.tokens, longest + 1)
         kept = self._answers(list(watched.values()), before, tokens)
         earlier, live = {key for key in map(_key, old) if key in promised}, [self._read(name) for name in rest]
         for place, (edit, example) in enumerate(zip(edits, examples, strict=True)):

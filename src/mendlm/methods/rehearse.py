@@ -92,7 +92,7 @@ class Rehearsal:
         if steps <= 0 or CHANGED_BASE in edit.about:
             return edit, 0
         edit = edit.detach().require_finite()
-        names = frozenset(edit.updates) | frozenset(below.updates if below is not None else ())
+        names = frozenset(name for one in (edit, below, before) if one is not None for name in one.updates)
         available = editable(self.model)
         known = [available[name] for name in sorted(names & available.keys())]
         trunk = Trunk.where_possible(self.model, known) if len(known) == len(names) else Trunk(())
