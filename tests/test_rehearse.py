@@ -313,11 +313,12 @@ def test_rephrasings_unrelated_prompts_and_guards_are_rehearsed() -> None:
     named: dict[str, Any] = {"rephrasings": ["Who is it run by?"], "unrelated": ["It was"], "scale": SCALE}
     plain = new_session(model, gate=gate, rehearse=0).preview(*ASKED[0], **named)
     assert not plain.checks.passed
-    session = new_session(model, gate=gate, rehearse=STEPS)
+    session = new_session(model, gate=gate, rehearse=3 * STEPS)
     tried = session.preview(*ASKED[0], **named)
+    assert tried.checks.passed, tried.checks.failures()
+    assert 0 < tried.edit.about["rehearsed"] < 3 * STEPS
     made = session.edit(*ASKED[0], **named)
-    held = [sum(one.ok for one in trial.checks.asked) for trial in (plain, tried, made)]
-    assert held[0] < held[1] == held[2]
+    assert made.checks.passed
     assert {one.kind for one in made.checks.asked} == {"prompt", "rephrasing", "unrelated", "guard"}
 
 

@@ -66,14 +66,11 @@ def refined(
         if not lacking:
             break
         if not look:
-            sizes = {name: size_of(update) for name, update in edits.updates.items()}
-            shifts = {name: torch.zeros_like(update.delta) for name, update in edits.updates.items()}
-            optimizer = torch.optim.Adam(shifts.values(), lr=RATE, betas=(0.9, 0.99))
+            moves = Moves(edits)
         else:
             done = torch.tensor([edit not in lacking for edit in range(len(edits))], device=formatter.device)
-            step_others(optimizer, list(shifts.values()), [delta.grad for delta in deltas.values()], done)
-            moved = {name: LowRank(u.u, u.delta + sizes[name] * shifts[name]) for name, u in edits.updates.items()}
-            now = replace(edits, updates=moved)
+            step_others(moves.optimizer, list(moves.shifts.values()), [delta.grad for delta in deltas.values()], done)
+            now = moves.edit()
         if lacking != missed and look < steps:
             missed = lacking
             asked = [place for place in range(len(texts)) if place // size in missed]
@@ -95,7 +92,25 @@ def step_others(
         change[done] = kept
 
 
-def size_of(update: LowRank) -> Tensor:
+class Moves:
+    """How far each `delta` of an edit, or of a batch of them, has moved, by Adam, in units of its own size."""
+
+    def __init__(self, start: Edit) -> None:
+        self.start = start
+        self.shifts = {name: torch.zeros_like(update.delta) for name, update in start.updates.items()}
+        self.optimizer = torch.optim.Adam(self.shifts.values(), lr=RATE, betas=(0.9, 0.99))
+        self._sizes = {name: _size(update) for name, update in start.updates.items()}
+
+    def edit(self) -> Edit:
+        """The edit as it is now."""
+        rows = self.start.updates.items()
+        return replace(
+            self.start,
+            updates={name: LowRank(u.u, u.delta + self._sizes[name] * self.shifts[name]) for name, u in rows},
+        )
+
+
+def _size(update: LowRank) -> Tensor:
     """The root mean square of `delta` over the rows that count, (*batch, 1, 1)."""
     rows = update.nonzero().sum(-1).clamp(min=1) * update.delta.shape[-1]
     return (update.delta.square().sum((-2, -1)) / rows).sqrt()[..., None, None]

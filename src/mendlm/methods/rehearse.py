@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ from mendlm.apply import CHANGED_BASE, Edit, stacked
 from mendlm.errors import InputError
 from mendlm.layers import editable
 from mendlm.losses import all_by_row, token_kl
-from mendlm.lowrank import LowRank
-from mendlm.methods.refine import RATE, looked_at, size_of
+from mendlm.methods.refine import Moves, looked_at
 from mendlm.replay import Tape, Trunk
 from mendlm.text import Batch, Encoded, Formatter, by_length, sampling, scored_logits, short_attention
 
@@ -102,10 +101,7 @@ class Rehearsal:
             turns = [self._texts(self.samples[turn::TURNS], trunk, stay=True) for turn in range(TURNS)]
             self._own = names, [texts for turn in turns for texts in turn]
         own = self._own[1] if below is not None else []
-        sizes = {name: size_of(update) for name, update in edit.updates.items()}
-        shifts = {name: torch.zeros_like(update.delta) for name, update in edit.updates.items()}
-        optimizer = torch.optim.Adam(shifts.values(), lr=RATE, betas=(0.9, 0.99))
-        now = edit
+        now, moves = edit, Moves(edit)
         for look in range(steps + 1):
             deltas = [update.delta.requires_grad_() for update in now.updates.values()]
             stack = now if below is None else stacked([below, now])
@@ -122,11 +118,10 @@ class Rehearsal:
                     torch.autograd.backward(WEIGHT * value.mean(), inputs=deltas)
             if look == steps or not lacking:
                 break
-            for shift, delta in zip(shifts.values(), deltas, strict=True):
+            for shift, delta in zip(moves.shifts.values(), deltas, strict=True):
                 shift.grad = delta.grad
-            optimizer.step()
-            moved = {name: LowRank(u.u, u.delta + sizes[name] * shifts[name]) for name, u in edit.updates.items()}
-            now = replace(edit, updates=moved)
+            moves.optimizer.step()
+            now = moves.edit()
         return now.detach().require_finite(), look
 
     def _looked_at(self, texts: _Texts, edit: Edit, trunk: Trunk) -> tuple[Tensor, Tensor]:
