@@ -3,17 +3,20 @@
     python benchmarks/run_all.py [--data-dir DIR] [--only floor training ...] [--tables | --toy]
 
 Each script runs in a process of its own and writes its own JSON; `benchmarks/results/all-KIND.json` holds them together. With
-`--tables` nothing runs: tables and pictures are made again from the files. With `--toy` all run in the smallest sizes, which
-says nothing but that they run; give it a tiny model, and a copy of docs/ by `--docs`.
+`--tables` nothing runs: tables and pictures are made again from the files. With `--toy` all run in the smallest sizes, in one
+process, which says nothing but that they run; give it a tiny model, and a copy of docs/ by `--docs`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +58,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
     arguments = parser.parse_args()
     kind = "cuda" if (arguments.device or default_device()).startswith("cuda") else "cpu"
-    common = ["--out", str(arguments.out), *(["--device", arguments.device] if arguments.device else [])]
-    for name in () if arguments.tables else arguments.only:
-        toy = TOY[name] if arguments.toy else ()
-        if name == "scale":
-            run_shapes([*common, *toy], toy=arguments.toy)
-            continue
-        data = ["--data-dir", str(arguments.data_dir)] if arguments.data_dir and name not in ("startup", "replay") else []
-        rounds = "1" if arguments.toy else str(arguments.rounds)
-        run(name, "--model", arguments.model, "--rounds", rounds, *common, *data, *toy)
-        if name == "floor":
-            run(name, "--shape", "toy" if arguments.toy else "1b", "--batch", "4", "--rounds", rounds, *common)
-        if name == "memory":
-            run(name, "--model", arguments.model, "--micro-batch", "8", *common, *data, *toy)
-            for size in (("64",), ("64", "--micro-batch", "8"), ("10",)):  # the paper's steps have 10 requests
-                run(name, "--shape", "toy" if arguments.toy else "1b", *common, "--batch", *size)
-        if name == "training" and (arguments.toy or kind == "cuda"):  # on a CPU the oracle would take hours
-            run(name, "--shape", "toy" if arguments.toy else "1b", "--rounds", rounds, *common, *toy)
+    for name, options in () if arguments.tables else commands(arguments, kind):
+        run(name, *options, toy=arguments.toy)
     found = {each: results(arguments.out, each) for each in KINDS}
     if not found[kind]:
         raise SystemExit(f"{arguments.out} holds no results of the kind '{kind}'; run the benchmarks first, or name --device")
@@ -79,13 +67,35 @@ def main() -> None:
     publish(found, kind, arguments.docs)
 
 
-def run_shapes(options: list[str], *, toy: bool) -> None:
+def commands(arguments: argparse.Namespace, kind: str) -> Iterator[tuple[str, list[str]]]:
+    """Scripts with their options, in the order in which they run."""
+    shape = ["--shape", "toy" if arguments.toy else "1b"]
+    for name in arguments.only:
+        toy = TOY[name] if arguments.toy else ()
+        common = ["--out", str(arguments.out), *(["--device", arguments.device] if arguments.device else []), *toy]
+        if name == "scale":
+            yield from ((name, [*one, *common]) for one in shapes(toy=arguments.toy))
+            continue
+        data = ["--data-dir", str(arguments.data_dir)] if arguments.data_dir and name not in ("startup", "replay") else []
+        model, rounds = ["--model", arguments.model], ["--rounds", "1" if arguments.toy else str(arguments.rounds)]
+        yield name, [*model, *rounds, *common, *data]
+        if name == "floor":
+            yield name, [*shape, *rounds, *common, "--batch", "4"]
+        if name == "memory":
+            yield name, [*model, "--micro-batch", "8", *common, *data]
+            for size in (["64"], ["10"]) if arguments.toy else (["64"], ["64", "--micro-batch", "8"], ["10"]):
+                yield name, [*shape, *common, "--batch", *size]  # the paper's steps have 10 requests
+        if name == "training" and (arguments.toy or kind == "cuda"):  # on a CPU the oracle would take hours
+            yield name, [*shape, *rounds, *common]
+
+
+def shapes(*, toy: bool) -> Iterator[list[str]]:
     """All shapes, in bf16, the large ones in NF4 too, there also with 8 requests of a step in memory at a time."""
     for shape in () if toy else MEASURED:
-        run("scale", "--shape", shape, *options, *SMALL_EDITOR)
-    for more in ([], ["--quantize", "nf4"], ["--quantize", "nf4", "--micro-batch", "8"]):
+        yield ["--shape", shape, *SMALL_EDITOR]
+    for more in ([], ["--quantize", "nf4"], *([] if toy else [["--quantize", "nf4", "--micro-batch", "8"]])):
         for shape in TOY_SHAPES if toy else SHAPES:
-            run("scale", "--shape", shape, *options, *more, check=toy)  # a large one may not fit
+            yield ["--shape", shape, *more]
 
 
 def default_device() -> str:
@@ -94,9 +104,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def run(name: str, *options: str, check: bool = True) -> None:
+def run(name: str, *options: str, toy: bool) -> None:
+    """One script, in a process of its own; a toy in this one, since imports take longer than it does."""
     print(f"== {name} {' '.join(options)}", flush=True)
-    subprocess.run([sys.executable, str(HERE / f"{name}.py"), *options], check=check, stdout=subprocess.DEVNULL)
+    script = str(HERE / f"{name}.py")
+    if toy:
+        sys.argv = [script, *options]
+        with contextlib.redirect_stdout(io.StringIO()):
+            runpy.run_path(script, run_name="__main__")
+        return
+    check = name != "scale"  # a large one may not fit
+    subprocess.run([sys.executable, script, *options], check=check, stdout=subprocess.DEVNULL)
 
 
 def results(folder: Path, kind: str) -> dict[str, Any]:

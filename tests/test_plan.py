@@ -20,7 +20,7 @@ from mendlm.cli import main
 from mendlm.layers import default_layers, select
 from mendlm.methods.mend import Mend, MendConfig
 from mendlm.models import fake_model, skeleton, weight_bytes
-from mendlm.plan import Lengths, Storages, formatter_of, plans, step, texts
+from mendlm.plan import Counted, Lengths, formatter_of, plans, step, texts
 from mendlm.tasks import load_edits, load_unrelated
 from mendlm.text import Formatter
 from mendlm.training import TrainConfig, states_bytes
@@ -41,7 +41,7 @@ def test_the_plan_is_what_a_real_step_holds_and_computes(name: str) -> None:
     optimizer.zero_grad()
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
     known = [*model.parameters(), *model.buffers(), *method.parameters(), *method.buffers(), *moments]
-    with Storages(known) as seen, FlopCounterMode(display=False) as counted:
+    with Counted(known) as seen, FlopCounterMode(display=False) as counted:
         step(method, model, formatter, optimizer, drawn, TrainConfig())
     # A fake run takes other attention kernels, whose own buffers show in so small an encoder.
     assert expected.step == pytest.approx(seen.peak, rel=0.25 if name == "bert" else 0.15)
@@ -60,7 +60,7 @@ def test_fewer_requests_at_a_time_take_less_memory_and_the_same_work() -> None:
 
 def test_storages_count_what_lives_and_each_once() -> None:
     kept = torch.zeros(5)
-    with Storages([kept]) as seen:
+    with Counted([kept]) as seen:
         twice = torch.zeros(100) + 0  # one of the two dies at once
         view = twice[10:]
         assert (seen.now, seen.peak) == (400, 800)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,9 +43,13 @@ def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def singles(model: Any, name: str = "llama") -> tuple[Formatter, list[Encoded], list[Edit]]:
     """Edits of the facts, each made to take by itself."""
-    editor = Editor(perturbed(name, refine=STEPS), model, byte_tokenizer())
-    texts = [editor.formatter.encode(prompt, target) for prompt, target in FACTS]
-    return editor.formatter, texts, editor.edit_many(FACTS, scale=SCALE)
+    form = Formatter.of(model, byte_tokenizer())
+    return form, [form.encode(prompt, target) for prompt, target in FACTS], copy.deepcopy(made(name))
+
+
+@functools.cache
+def made(name: str) -> list[Edit]:
+    return Editor(perturbed(name, refine=STEPS), sure(name), byte_tokenizer()).edit_many(FACTS, scale=SCALE)
 
 
 def logits_of(model: Any, form: Formatter, edit: Edit | None, texts: Sequence[Encoded]) -> torch.Tensor:
@@ -242,10 +247,10 @@ def test_an_edit_of_a_session_keeps_what_the_earlier_ones_promised() -> None:
     held = {}
     for steps in (0, STEPS):
         session = new_session(model, rehearse=steps)
-        made = [session.edit(prompt, target, scale=SCALE, on_base=True) for prompt, target in ASKED[:2]]
+        edits = [session.edit(prompt, target, scale=SCALE, on_base=True) for prompt, target in ASKED[:2]]
         held[steps] = [one.ok for one in session.check().asked]
-        assert ("rehearsed" in made[-1].edit.about) == (steps > 0)
-        assert "rehearsed" not in made[0].edit.about
+        assert ("rehearsed" in edits[-1].edit.about) == (steps > 0)
+        assert "rehearsed" not in edits[0].edit.about
     assert not all(held[0])
     assert all(held[STEPS])
 
@@ -314,12 +319,10 @@ def test_rephrasings_unrelated_prompts_and_guards_are_rehearsed() -> None:
     plain = new_session(model, gate=gate, rehearse=0).preview(*ASKED[0], **named)
     assert not plain.checks.passed
     session = new_session(model, gate=gate, rehearse=3 * STEPS)
-    tried = session.preview(*ASKED[0], **named)
-    assert tried.checks.passed, tried.checks.failures()
-    assert 0 < tried.edit.about["rehearsed"] < 3 * STEPS
-    made = session.edit(*ASKED[0], **named)
-    assert made.checks.passed
-    assert {one.kind for one in made.checks.asked} == {"prompt", "rephrasing", "unrelated", "guard"}
+    taken = session.edit(*ASKED[0], **named)
+    assert taken.checks.passed, taken.checks.failures()
+    assert 0 < taken.edit.about["rehearsed"] < 3 * STEPS
+    assert {one.kind for one in taken.checks.asked} == {"prompt", "rephrasing", "unrelated", "guard"}
 
 
 @pytest.mark.usefixtures("no_samples")

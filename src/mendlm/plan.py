@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from mendlm.layers import choose
 from mendlm.methods.mend import Mend, MendConfig
@@ -77,20 +77,24 @@ class Plan:
         return {**asdict(self), "total": self.total, "fits_gb": list(self.fits())}
 
 
-class Storages(TorchDispatchMode):
-    """Counts the bytes of all tensors that come to life inside the block: `now`, and their `peak`.
+class Counted(TorchDispatchMode):
+    """Counts the bytes of all tensors that come to life inside the block: `now`, and their `peak`; and operations, `flops`.
 
     A storage counts once, however many views it has, and until its last owner lets it go. Those of `known` tensors do not.
+    An operation counts by torch's own formulas, two for each product of two numbers.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._held = [tensor.untyped_storage() for tensor in known]
         self._seen = {storage._cdata for storage in self._held}
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -158,18 +162,18 @@ def plans(
         method = Mend(specs, MendConfig(rank=rank))
         optimizer = torch.optim.Adam(method.parameters())
         drawn, config = texts(batch_size, lengths, formatter.family), TrainConfig(micro_batch_size=micro_batch_size)
-        with FlopCounterMode(display=False) as counted:  # apart from the storages, some of which it keeps alive
-            step(method, model, formatter, optimizer, drawn, config)  # makes Adam's moments
+        for parameter in method.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes Adam's moments
+        optimizer.zero_grad()
         moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
         mine = [*method.parameters(), *method.buffers()]
-        optimizer.zero_grad()
-        known = [*model.parameters(), *model.buffers(), *mine, *moments]
-        with Storages(known) as seen:
+        with Counted([*model.parameters(), *model.buffers(), *mine, *moments]) as seen:
             step(method, model, formatter, optimizer, drawn, config)
-        with FlopCounterMode(display=False) as once:
+        with Counted() as once:
             method.edit(model, formatter.batch([drawn[0].edit]))
     largest = max(2 * spec.d_out * spec.d_in for spec in specs)
-    work = {"flops": counted.get_total_flops() / batch_size, "edit_flops": once.get_total_flops()}
+    work = {"flops": seen.flops / batch_size, "edit_flops": once.flops}
     return {
         base: Plan(
             base=weight_bytes(model, quantize),
