@@ -241,6 +241,13 @@ CLAIMS: tuple[tuple[str, str, str, str], ...] = (
     ("editing", "one_by_one_over_edit_many.256", "256 edits one by one over `edit_many`", "2"),
     ("editing", "one_by_one_over_edit_many.1000", "the same of 1,000", "2.5"),
     ("batches", "tenfold", "seconds for 1,000 edits over those for 100", "about 10"),
+    (
+        "batches",
+        "peak_of_most_over_a_chunk",
+        "peak memory of 1,000 edits over that of 256, a chunk, beyond the process",
+        "about 1",
+    ),
+    ("batches", "saving_over_making", "saving edits over making them", ""),
     ("replay", "ratio", "a replayed pass over a full one, last 3 of 30 blocks", "at most 0.2"),
     ("memory", "peak_over_floor", "peak memory of training over process, base, editor state and one batch's activations", ""),
     ("memory", "peak_over_inference", "the same over inference of the same texts and the editor's state", "at most 1.3"),

@@ -28,7 +28,7 @@ FOUND: dict[str, list[str]] = {
     "floor-toy": ["share_of_floor", "cache_speed_up"],
     "training-toy": ["last 3 of 6 blocks.ratio"],
     "editing": ["edit_over_floor", "one_by_one_over_edit_many.8"],
-    "batches": ["training_edits_per_second.4", "edits_per_second.1", "seconds_for_edits.4", "tenfold"],
+    "batches": ["training_edits_per_second.4", "edits_per_second.1", "seconds_for_edits.4", "tenfold", "saving_over_making"],
     "replay": ["ratio", "bit_equal"],
     "memory": ["peak_over_floor", "peak_over_inference", "oracle_over_floor"],
     "memory-toy": ["peak_over_floor", "peak_over_inference"],

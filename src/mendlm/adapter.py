@@ -11,6 +11,7 @@ Written without peft; knows no model.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -56,7 +57,6 @@ def write(
             write_tensors(temporary / EXACT, exact)
             files[EXACT] = sha256(temporary / EXACT)
         write_json(temporary / CONFIG, peft_config(list(updates), rank, bool(transposed), about))
-        versions = {package: importlib.metadata.version(package) for package in ("mendlm", "torch", "transformers")}
         content = {
             "format": FORMAT,
             **about,
@@ -68,9 +68,15 @@ def write(
             "lost_share": lost,
             "sha256": files,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": versions,
+            "versions": versions(),
         }
         write_json(temporary / ABOUT, content)
+
+
+@functools.cache  # each look takes a tenth of the time in which a small edit is written
+def versions() -> dict[str, str]:
+    """What runs, by package, as files that are written say."""
+    return {package: importlib.metadata.version(package) for package in ("mendlm", "torch", "transformers")}
 
 
 def fingerprint(updates: Mapping[str, LowRank]) -> str:

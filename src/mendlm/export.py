@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from mendlm import gguf_lora
+from mendlm.adapter import versions
 from mendlm.apply import Edit, Snapshot, applied, merge, stacked
 from mendlm.engines import vllm_problems
 from mendlm.errors import InputError, LayerError
@@ -151,14 +151,13 @@ def _for_base(edits: Sequence[Edit], model: Any, *, force: bool) -> Edit:
 
 
 def _about(kind: str, whole: Edit) -> dict[str, Any]:
-    versions = {package: importlib.metadata.version(package) for package in ("mendlm", "torch", "transformers")}
     return {
         "format": FORMAT,
         "to": kind,
         "base": whole.about["base"],
         "edits": whole.about["parts"],
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": versions(),
     }
 
 
