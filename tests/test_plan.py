@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import byte_tokenizer, other, tiny
 from mendlm import plan as planning
 from mendlm.cli import main
+from mendlm.errors import InputError
 from mendlm.layers import default_layers, select
-from mendlm.methods.mend import Mend, MendConfig
+from mendlm.methods import mend, method_types
 from mendlm.models import fake_model, skeleton, weight_bytes
 from mendlm.plan import Counted, Lengths, formatter_of, plans, step, texts
 from mendlm.tasks import load_edits, load_unrelated
@@ -28,27 +29,46 @@ from mendlm.training import TrainConfig, states_bytes
 RANK, BATCH = 4, 3
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "t5", "bert"))])
-def test_the_plan_is_what_a_real_step_holds_and_computes(name: str) -> None:
+SLOW = [("gpt2", "mend", 1), ("t5", "mend", 1), ("bert", "mend", 1), ("t5", "malmen", 3), ("bert", "enn", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "k"),
+    [
+        *(("llama", *one) for one in (("mend", 1), ("mend", 3), ("malmen", 3), ("enn", 1))),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW),
+    ],
+)
+def test_the_plan_is_what_a_real_step_holds_and_computes(name: str, kind: str, k: int) -> None:
     model = copy.deepcopy(tiny(name)).bfloat16()
     model.config.architectures = [type(model).__name__]  # as in a saved configuration
-    expected = plans(fake_model(model.config), rank=RANK, batch_size=BATCH)["bf16"]
-    formatter = formatter_of(model)
-    method = Mend(default_layers(model), MendConfig(rank=RANK))
+    expected = plans(fake_model(model.config), method=kind, rank=RANK, batch_size=BATCH, num_edits=k)["bf16"]
+    formatter, config = formatter_of(model), TrainConfig(batch_size=BATCH, num_edits=k)
+    made, settings = method_types(kind)
+    method = made(default_layers(model), settings() if kind == "enn" else settings(rank=RANK))
     optimizer = torch.optim.Adam(method.parameters())
     drawn = texts(BATCH, Lengths(), formatter.family)
-    step(method, model, formatter, optimizer, drawn, TrainConfig())
+    step(method, model, formatter, optimizer, drawn, config)
     optimizer.zero_grad()
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
     known = [*model.parameters(), *model.buffers(), *method.parameters(), *method.buffers(), *moments]
     with Counted(known) as seen, FlopCounterMode(display=False) as counted:
-        step(method, model, formatter, optimizer, drawn, TrainConfig())
+        step(method, model, formatter, optimizer, drawn, config)
     # A fake run takes other attention kernels, whose own buffers show in so small an encoder.
     assert expected.step == pytest.approx(seen.peak, rel=0.25 if name == "bert" else 0.15)
     assert expected.flops == pytest.approx(counted.get_total_flops() / BATCH, rel=0.02)
     assert expected.editor == sum(t.nbytes for t in (*method.parameters(), *method.buffers()))
     assert expected.optimizer == sum(tensor.nbytes for tensor in moments)
     assert expected.base == sum(parameter.nbytes for parameter in model.parameters())
+    with Counted(known) as first:  # the pass that fixes an editor's statistics takes no more
+        method.prepare(model, formatter.batch([one.edit for one in drawn]))
+    assert first.peak < expected.step
+
+
+def test_a_method_that_cannot_be_planned_is_refused() -> None:
+    for name in ("ke", "ft"):
+        with pytest.raises(InputError, match=f"no training is planned for '{name}'; choose one of mend, malmen, enn"):
+            plans(fake_model(tiny("llama").config), method=name)
 
 
 def test_fewer_requests_at_a_time_take_less_memory_and_the_same_work() -> None:
@@ -134,18 +154,19 @@ def test_the_command_plans_without_weights(place: Path, capsys: pytest.CaptureFi
     assert content["plans"]["nf4"]["total"] == expected["nf4"].total
     assert content["plans"]["bf16"]["fits_gb"] == [16, 24, 48, 80]
     with pytest.raises(SystemExit):
-        main(["inspect", "model", "--plan", "--rank", "4"])
+        main(["inspect", "model", "--plan", "--method", "enn", "--num-edits", "4"])
     shown = capsys.readouterr().out
     assert "memory of training, computed" in shown
-    assert "64 requests a step\nprompts of 14 tokens, rephrasings of 26, unrelated texts of 24; longer ones" in shown
+    assert "parameters; enn; 64 requests a step, 4 edited at once\nprompts of 14 tokens, rephrasings of 26, unrelated texts of 24; longer ones" in shown
     with pytest.raises(SystemExit):
         main(["inspect", "model", "--plan", "--rank", "4", "--micro-batch-size", "8", "--json"])
     parts = json.loads(capsys.readouterr().out)
     assert parts["micro_batch_size"] == 8
     assert parts["plans"]["bf16"]["step"] < content["plans"]["bf16"]["step"]
-    with pytest.raises(SystemExit):
-        main(["inspect", "model", "--micro-batch-size", "8"])
-    assert "--micro-batch-size is for the plan of a training" in capsys.readouterr().err
+    for option, value in (("--micro-batch-size", "8"), ("--method", "malmen"), ("--num-edits", "2")):
+        with pytest.raises(SystemExit):
+            main(["inspect", "model", option, value])
+        assert f"{option} is for the plan of a training" in capsys.readouterr().err
 
 
 def test_layers_are_chosen_where_no_default_is_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +179,7 @@ def test_layers_are_chosen_where_no_default_is_known(place: Path, capsys: pytest
     assert not stop.value.code
     found = json.loads(capsys.readouterr().out)["plans"]["bf16"]["editor"]
     specs = select(skeleton(place / "other"), ["layers.3.mlp.down_proj"])
-    method = Mend(specs, MendConfig(rank=4))
+    method = mend.Mend(specs, mend.MendConfig(rank=4))
     assert found == sum(tensor.nbytes for tensor in (*method.parameters(), *method.buffers()))
 
 

@@ -214,12 +214,14 @@ def join(edits: Sequence[Edit]) -> Edit:
 def require_indices(routing: Tensor, edits: int) -> None:
     """Raise `InputError` unless a routing names one of so many edits a row, or -1 for none.
 
-    Indices on another device than the CPU are not read here, since the host would have to wait for them.
+    Indices on another device than the CPU are not read here, since the host would have to wait for them; nor are those of a
+    tensor of another kind, which may have no numbers.
     """
     if routing.dim() != 1 or routing.dtype == torch.bool or routing.is_floating_point():
         given = f"a tensor {tuple(routing.shape)} of {routing.dtype}"
         raise InputError(f"routing is {given}; give one integer a row, the index of its edit, or -1 for none")
-    beyond = [i for i in routing.tolist() if not -1 <= i < edits] if routing.device.type == "cpu" else []
+    readable = routing.device.type == "cpu" and type(routing) is Tensor
+    beyond = [i for i in routing.tolist() if not -1 <= i < edits] if readable else []
     if beyond:
         raise InputError(f"routing names edit {beyond[0]}, but they are numbered 0 to {edits - 1}; give -1 for none")
 

@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from mendlm.errors import InputError
 from mendlm.layers import choose
-from mendlm.methods.mend import Mend, MendConfig
+from mendlm.methods import method_types
+from mendlm.methods.base import Learned
 from mendlm.models import weight_bytes
 from mendlm.replay import Trunk
 from mendlm.text import Encoded, Formatter
@@ -30,6 +32,8 @@ from mendlm.training import Drawn, TrainConfig, descend
 
 CARDS = (16, 24, 48, 80)
 """Sizes of cards that a plan is held against, in GB of 10^9 bytes."""
+PLANNED = ("mend", "malmen", "enn")
+"""The methods whose training is planned; KnowledgeEditor's reads the texts, and a plan has none."""
 BASES: dict[str, str | None] = {"bf16": None, "int8": "int8", "nf4": "nf4"}
 """The forms of a base that are planned, and what its blocks are quantised to."""
 
@@ -131,7 +135,7 @@ def texts(count: int, lengths: Lengths, family: str) -> list[Drawn]:
 
 
 def step(
-    method: Mend,
+    method: Learned,
     model: Any,
     formatter: Formatter,
     optimizer: torch.optim.Optimizer,
@@ -146,32 +150,38 @@ def plans(
     model: Any,
     patterns: tuple[str, ...] = (),
     *,
+    method: str = "mend",
     rank: int = 256,
+    num_edits: int = 1,
     batch_size: int = 64,
     micro_batch_size: int | None = None,
     lengths: Lengths | None = None,
 ) -> dict[str, Plan]:
-    """The plans of training a MEND editor for a model, which may be `mendlm.models.skeleton`'s, by the form of its base.
+    """The plans of training an editor for a model, which may be `mendlm.models.skeleton`'s, by the form of its base.
 
-    `patterns` as in `mendlm.layers.choose`, whose errors it raises. The step runs once, on the base in bf16; the bytes of the
-    other forms are computed, and a quantised base de-quantises one matrix at a time.
+    `patterns` as in `mendlm.layers.choose`, whose errors it raises; `method` is one of `PLANNED`, else an `InputError`; `rank`
+    is that of methods that have one; `num_edits` requests of the `batch_size` are edited at once. The step runs once, on the
+    base in bf16; the bytes of the other forms are computed, and a quantised base de-quantises one matrix at a time.
     """
-    specs, lengths = choose(model, patterns), lengths or Lengths()
+    if method not in PLANNED:
+        raise InputError(f"no training is planned for '{method}'; choose one of {', '.join(PLANNED)}")
+    specs, lengths, (kind, settings) = choose(model, patterns), lengths or Lengths(), method_types(method)
+    config = TrainConfig(batch_size=batch_size, micro_batch_size=micro_batch_size, num_edits=num_edits)
     formatter = formatter_of(model)
     with fake_mode(model):
-        method = Mend(specs, MendConfig(rank=rank))
-        optimizer = torch.optim.Adam(method.parameters())
-        drawn, config = texts(batch_size, lengths, formatter.family), TrainConfig(micro_batch_size=micro_batch_size)
-        for parameter in method.parameters():
+        editor = kind(specs, settings(rank=rank) if hasattr(settings, "rank") else settings())
+        optimizer = torch.optim.Adam(editor.parameters())
+        drawn = texts(batch_size, lengths, formatter.family)
+        for parameter in editor.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes Adam's moments
         optimizer.zero_grad()
         moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
-        mine = [*method.parameters(), *method.buffers()]
+        mine = [*editor.parameters(), *editor.buffers()]
         with Counted([*model.parameters(), *model.buffers(), *mine, *moments]) as seen:
-            step(method, model, formatter, optimizer, drawn, config)
+            step(editor, model, formatter, optimizer, drawn, config)
         with Counted() as once:
-            method.edit(model, formatter.batch([drawn[0].edit]))
+            editor.edit(model, formatter.batch([drawn[0].edit]))
     largest = max(2 * spec.d_out * spec.d_in for spec in specs)
     work = {"flops": seen.flops / batch_size, "edit_flops": once.flops}
     return {

@@ -242,6 +242,10 @@ def inspect(
     micro_batch_size: Annotated[
         int | None, typer.Option("--micro-batch-size", min=1, help="Those in memory at a time, for the plan (default: all).")
     ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="mend, malmen or enn, for the plan (default: mend).")] = None,
+    num_edits: Annotated[
+        int | None, typer.Option("--num-edits", min=1, help="Requests edited at once, for the plan (default: 1).")
+    ] = None,
     layers: Annotated[
         list[str] | None, typer.Option("--layers", help="Pattern of the layers to edit, for the plan; may repeat.")
     ] = None,
@@ -259,12 +263,14 @@ def inspect(
         raise InputError("--data is for the plan of a trunk cache; give --plan, too")
     if layers and not plan:
         raise InputError("--layers is for the plan of a training; give --plan, too")
-    if micro_batch_size and not plan:
-        raise InputError("--micro-batch-size is for the plan of a training; give --plan, too")
+    for name, given in (("micro-batch-size", micro_batch_size), ("method", method), ("num-edits", num_edits)):
+        if given and not plan:
+            raise InputError(f"--{name} is for the plan of a training; give --plan, too")
     if plan:
         from mendlm.cli import planning
 
-        sizes = {"rank": rank, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
+        sizes = {"method": method or "mend", "rank": rank, "num_edits": num_edits or 1}
+        sizes |= {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
         planning.show(model, origin, layers or [], sizes, data or [], json_output=json_output)
         return
     loaded, tokenizer = common.open_model(model, origin, seed=seed)

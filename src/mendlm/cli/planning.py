@@ -14,6 +14,7 @@ def show(
 ) -> None:
     """Print the plan of training on a model, of which nothing but the configuration is read; `sizes` are those of `plans`."""
     from mendlm.layers import block_stacks, choose
+    from mendlm.methods import method_types
     from mendlm.models import as_device, as_dtype, skeleton, tokenizer_of
     from mendlm.plan import CARDS, Lengths, can_be_kept, plans
     from mendlm.replay import Trunk
@@ -28,8 +29,10 @@ def show(
         "model": type(fake).__name__,
         "parameters": sum(p.numel() for p in fake.parameters()),
         "blocks": {name: len(blocks) for name, blocks in block_stacks(fake).items()},
-        "editor_rank": sizes["rank"],
+        "method": sizes["method"],
+        "editor_rank": sizes["rank"] if hasattr(method_types(sizes["method"])[1], "rank") else None,
         "batch_size": sizes["batch_size"],
+        "num_edits": sizes["num_edits"],
         "micro_batch_size": sizes["micro_batch_size"],
         "plans": {base: one.figures() for base, one in found.items()},
     }
@@ -43,12 +46,19 @@ def show(
     if json_output:
         common.emit(True, content, "")
         return
-    one, lengths, some = found["bf16"], Lengths(), sizes["micro_batch_size"]
+    one, lengths, some, k, rank = (
+        found["bf16"],
+        Lengths(),
+        sizes["micro_batch_size"],
+        sizes["num_edits"],
+        content["editor_rank"],
+    )
     common.emit(
         False,
         {},
-        f"{content['model']}, {content['parameters']:,} parameters; editor of rank {sizes['rank']}; "
-        f"{sizes['batch_size']} requests a step{f', {some} at a time' if some else ''}\n"
+        f"{content['model']}, {content['parameters']:,} parameters; {content['method']}{f' of rank {rank}' if rank else ''}; "
+        f"{sizes['batch_size']} requests a step{f', {some} at a time' if some else ''}"
+        f"{f', {k} edited at once' if k > 1 else ''}\n"
         f"prompts of {lengths.edit} tokens, rephrasings of {lengths.rephrasing}, unrelated texts of {lengths.unrelated}; "
         "longer ones take more",
     )

@@ -34,7 +34,7 @@ from mendlm.layers import LayerSpec
 from mendlm.lowrank import LowRank
 from mendlm.methods.base import Group, transposed
 from mendlm.methods.network import NetworkConfig, RowEditor
-from mendlm.text import Batch
+from mendlm.text import Batch, sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +96,21 @@ class Malmen(RowEditor):
             raise InputError(f"{edits * size + rest} requests do not divide into groups of {size}")
         totals: list[Any] = [0.0] * len(self.specs)
         for requests, make in groups:
-            owner = torch.tensor(requests) // size
-            found = _Again.apply(  # type: ignore[no-untyped-call]
-                functools.partial(self._sums, make, owner, edits), *self.parameters()
-            )
+            own = [[place for place, request in enumerate(requests) if request // size == edit] for edit in range(edits)]
+            found = _Again.apply(functools.partial(self._sums, make, own), *self.parameters())  # type: ignore[no-untyped-call]
             totals = [a + b for a, b in zip(totals, found, strict=True)]
         updates = {}
         for spec, both, damping in zip(self.specs, totals, self.log_damping.exp(), strict=True):
             updates[spec.name] = solved(both, damping).to(self.log_rates.dtype)
         return [(list(range(edits)), Edit(updates, transposed(self.specs)))]
 
-    def _sums(self, make: Callable[[], Edit], owner: Tensor, edits: int) -> list[Tensor]:
-        """`U^T [U, D]` of each layer, (edits, d_in, d_in + d_out), over the parts that belong to each edit, in float64."""
+    def _sums(self, make: Callable[[], Edit], own: list[list[int]]) -> list[Tensor]:
+        """`U^T [U, D]` of each layer, (edits, d_in, d_in + d_out), over each edit's own parts, in float64."""
         parts, found = make(), []
         for spec in self.specs:
             u, delta = parts.updates[spec.name].u, parts.updates[spec.name].delta
-            own = [(owner == edit).to(u.device) for edit in range(edits)]
-            found.append(torch.stack([sums(u[mine].flatten(0, 1), delta[mine].flatten(0, 1)) for mine in own]))
+            places = [sent(torch.tensor(mine, dtype=torch.long), u.device) for mine in own]
+            found.append(torch.stack([sums(u[mine].flatten(0, 1), delta[mine].flatten(0, 1)) for mine in places]))
         return found
 
 
