@@ -157,10 +157,8 @@ def test_the_command_plans_without_weights(place: Path, capsys: pytest.CaptureFi
         main(["inspect", "model", "--plan", "--method", "enn", "--num-edits", "4"])
     shown = capsys.readouterr().out
     assert "memory of training, computed" in shown
-    assert (
-        "parameters; enn; 64 requests a step, 4 edited at once\nprompts of 14 tokens, rephrasings of 26, unrelated texts of 24; longer ones"
-        in shown
-    )
+    assert "parameters; enn; 64 requests a step, 4 edited at once\n" in shown
+    assert "\nprompts of 14 tokens, rephrasings of 26, unrelated texts of 24; longer ones" in shown
     with pytest.raises(SystemExit):
         main(["inspect", "model", "--plan", "--rank", "4", "--micro-batch-size", "8", "--json"])
     parts = json.loads(capsys.readouterr().out)
