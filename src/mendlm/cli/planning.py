@@ -46,13 +46,8 @@ def show(
     if json_output:
         common.emit(True, content, "")
         return
-    one, lengths, some, k, rank = (
-        found["bf16"],
-        Lengths(),
-        sizes["micro_batch_size"],
-        sizes["num_edits"],
-        content["editor_rank"],
-    )
+    one, lengths, rank = found["bf16"], Lengths(), content["editor_rank"]
+    some, k = sizes["micro_batch_size"], sizes["num_edits"]
     common.emit(
         False,
         {},
